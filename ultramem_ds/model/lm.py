@@ -1,0 +1,170 @@
+"""The decoder-only language model of every kind; it reads like a single-process model.
+
+Letters: B sequences, S tokens per sequence, D hidden, W vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Protocol, TypedDict
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from ultramem_ds.config.schema import Config
+from ultramem_ds.model.memory.layer import ConvState, MemoryLayer, PendingMemory
+from ultramem_ds.model.moe import MixtureOfExperts
+from ultramem_ds.model.placement import Placement
+from ultramem_ds.model.transformer import (
+    AttentionContext,
+    Block,
+    DenseMLP,
+    KVSlot,
+    make_linear,
+    make_norm,
+    rotary_tables,
+)
+
+
+class DecodeState(Protocol):
+    """What decoding carries from call to call (``infer/cache.py``)."""
+
+    length: int  # positions already seen
+    kv: list[KVSlot]  # one per block
+    conv: list[ConvState]  # one per memory layer
+
+    def mask(self, num_new: int) -> Tensor | None:
+        """Attention mask of ``num_new`` further positions, or None for plain causal."""
+        ...
+
+
+class LossTerms(TypedDict):
+    """What one training forward returns; all 0-dim fp32 tensors but ``expert_counts``."""
+
+    loss: Tensor  # next-token cross-entropy, nats, mean over targets
+    aux_loss: Tensor  # eq. 12, weighted, summed over memory layers
+    balance_loss: Tensor  # MoE load balance, weighted, summed over blocks
+    expert_counts: Tensor  # (blocks with experts, experts), int64; (0, 0) without experts
+
+
+class LanguageModel(nn.Module):
+    """Embedding, blocks with memory layers beside them, final norm, head.
+
+    Args:
+        config: resolved configuration.
+        make_mlp: builds block i's MLP; the default is the one-process MLP of ``config.model.kind``.
+    """
+
+    def __init__(self, config: Config, make_mlp: Callable[[int], nn.Module] | None = None) -> None:
+        super().__init__()
+        model = config.model
+        self.config = config
+        make_mlp = make_mlp or (lambda _: local_mlp(config))
+        self.embedding = nn.Embedding(model.vocab_size, model.hidden_size)
+        self.embedding.weight.role = "embedding"  # type: ignore[assignment]
+        self.dropout = nn.Dropout(model.dropout)
+        self.blocks = nn.ModuleList(Block(model, make_mlp(i)) for i in range(model.num_layers))
+        spans = config.memory.spans if config.has_memory else ()
+        self.memories = nn.ModuleList(
+            MemoryLayer(model, config.memory, table_index=i) for i in range(len(spans))
+        )
+        self.placement = Placement.from_spans(spans, model.num_layers)
+        self.final_norm = make_norm(model.norm, model.hidden_size, model.norm_eps)
+        self.head = make_linear(model.hidden_size, model.vocab_size)
+        self.head.weight.role = "embedding"  # type: ignore[assignment]
+
+    def hidden(
+        self,
+        tokens_BS: Tensor,
+        doc_starts_BS: Tensor | None = None,
+        positions_BS: Tensor | None = None,
+        mask_BSS: Tensor | None = None,
+        state: DecodeState | None = None,
+    ) -> tuple[Tensor, list[Tensor], list[Tensor], list[Tensor]]:
+        """Run embedding, blocks and memory layers.
+
+        Args:
+            tokens_BS: token ids, int64.
+            doc_starts_BS: True at the first token of a document: the memory's query convolution
+                stops there; None ignores documents.
+            positions_BS: rotary positions; None counts from the start of the sequence.
+            mask_BSS: attention mask, None for plain causal.
+            state: carries decoding from call to call.
+
+        Returns:
+            The normalised hidden states ``(B, S, D)``, then the blocks' balance losses and expert
+            counts and the memory layers' auxiliary losses, all unweighted.
+        """
+        model = self.config.model
+        S = tokens_BS.shape[1]
+        if positions_BS is None:
+            begin = 0 if state is None else state.length
+            positions_BS = torch.arange(begin, begin + S, device=tokens_BS.device).unsqueeze(0)
+        if state is not None:
+            mask_BSS = state.mask(S)
+        x_BSD = self.dropout(self.embedding(tokens_BS))
+        cos_BSK, sin_BSK = rotary_tables(positions_BS, model.head_dim, model.rope_theta, x_BSD.dtype)
+        context = AttentionContext(cos_BSK, sin_BSK, mask_BSS)
+        recompute = self.config.train.activation_checkpointing and self.training
+        pending: dict[int, PendingMemory] = {}
+        balance, counts, aux = [], [], []
+        for i, block in enumerate(self.blocks):
+            kv = None if state is None else state.kv[i]
+            if recompute:
+                out = checkpoint(block, x_BSD, context, kv, use_reentrant=False)
+            else:
+                out = block(x_BSD, context, kv)
+            x_BSD = out.x_BSD
+            if out.balance_loss is not None:
+                balance.append(out.balance_loss)
+                counts.append(out.expert_counts)
+            for j in self.placement.starts[i]:
+                conv = None if state is None else state.conv[j]
+                pending[j] = self.memories[j].start(out.mlp_input_BSD, doc_starts_BS, conv)
+                aux.append(pending[j].aux_loss)
+            for j in self.placement.finishes[i]:
+                x_BSD = x_BSD + self.dropout(self.memories[j].finish(pending.pop(j)))
+        return self.final_norm(x_BSD), balance, counts, aux
+
+    def logits(self, tokens_BS: Tensor, state: DecodeState | None = None) -> Tensor:
+        """Logits of every position, ``(B, S, W)``; padded vocabulary entries are not masked."""
+        return self.head(self.hidden(tokens_BS, state=state)[0])
+
+    def forward(
+        self,
+        tokens_BS1: Tensor,
+        doc_starts_BS: Tensor | None = None,
+        positions_BS: Tensor | None = None,
+        mask_BSS: Tensor | None = None,
+    ) -> LossTerms:
+        """Next-token losses of ``(B, S + 1)`` token ids; see :meth:`hidden` for the rest."""
+        inputs_BS, targets_BS = tokens_BS1[:, :-1], tokens_BS1[:, 1:]
+        x_BSD, balance, counts, aux = self.hidden(inputs_BS, doc_starts_BS, positions_BS, mask_BSS)
+        logits_BSW = self.head(x_BSD)
+        loss = F.cross_entropy(logits_BSW.float().flatten(0, 1), targets_BS.reshape(-1))
+        zero = loss.new_zeros(())
+        config = self.config
+        return LossTerms(
+            loss=loss,
+            aux_loss=config.memory.aux_loss_weight * torch.stack(aux).sum() if aux else zero,
+            balance_loss=(
+                config.moe.balance_loss_weight * torch.stack(balance).sum() if balance else zero
+            ),
+            expert_counts=(
+                torch.stack(counts) if counts else zero.new_zeros((0, 0), dtype=torch.int64)
+            ),
+        )
+
+    def mark_stale(self) -> None:
+        """Tell memory layers that weights changed; call after every optimizer step and load."""
+        for memory in self.memories:
+            memory.mark_stale()
+
+
+def local_mlp(config: Config) -> nn.Module:
+    """The one-process MLP of a block."""
+    if config.model.kind == "moe":
+        return MixtureOfExperts(config.model, config.moe)
+    return DenseMLP(config.model.hidden_size, config.model.inner_size)

@@ -1,0 +1,183 @@
+"""The pre-norm decoder block that every kind shares: rotary attention and an MLP.
+
+Nothing here knows of ranks. An MLP is anything that maps ``(B, S, D)`` to an :class:`MLPOutput`: the
+dense one below, the local mixture of experts of ``model/moe``, or DeepSpeed's, which
+``sharding/parallelize`` installs.
+
+Letters: B sequences, S tokens per sequence, D hidden, A attention heads, F inner width, K head width.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal, NamedTuple, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ultramem_ds.config.schema import ModelConfig
+
+
+class KVSlot(Protocol):
+    """One block's key/value cache (``infer/cache.py``)."""
+
+    def update(self, keys_BASK: Tensor, values_BASK: Tensor) -> tuple[Tensor, Tensor]:
+        """Append the new positions; return all keys and values so far, ``(B, A, S_total, K)``."""
+        ...
+
+
+@dataclass(frozen=True)
+class AttentionContext:
+    """What every block of one forward shares.
+
+    Attributes:
+        cos_BSK: cosines of the rotary angles, ``(1 or B, S, K)``, the activations' dtype.
+        sin_BSK: sines, same shape.
+        mask_BSS: True where a query (row) may attend to a key (column), ``(1 or B, 1, S, S_total)``;
+            None means plain causal attention.
+    """
+
+    cos_BSK: Tensor
+    sin_BSK: Tensor
+    mask_BSS: Tensor | None = None
+
+
+def rotary_tables(
+    positions_BS: Tensor, head_dim: int, theta: float, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """Cosines and sines of rotary embeddings (Su et al., 2024), half-split convention.
+
+    Args:
+        positions_BS: integer positions, ``(1 or B, S)``.
+        head_dim: width K of one head, even.
+        theta: base of the frequencies.
+        dtype: of the result; angles are computed in fp32.
+
+    Returns:
+        ``cos_BSK`` and ``sin_BSK``.
+    """
+    exponent = torch.arange(0, head_dim, 2, device=positions_BS.device, dtype=torch.float32)
+    angles = positions_BS.float().unsqueeze(-1) * theta ** (-exponent / head_dim)
+    angles_BSK = torch.cat((angles, angles), dim=-1)
+    return angles_BSK.cos().to(dtype), angles_BSK.sin().to(dtype)
+
+
+def _rotate(x_BASK: Tensor, context: AttentionContext) -> Tensor:
+    half = x_BASK.shape[-1] // 2
+    turned = torch.cat((-x_BASK[..., half:], x_BASK[..., :half]), dim=-1)
+    return x_BASK * context.cos_BSK.unsqueeze(1) + turned * context.sin_BSK.unsqueeze(1)
+
+
+def make_norm(kind: Literal["layernorm", "rmsnorm"], width: int, eps: float) -> nn.Module:
+    """A weight-only LayerNorm or RMSNorm over the last dimension, tagged as role ``norm``."""
+    norm: nn.LayerNorm | nn.RMSNorm
+    if kind == "layernorm":
+        norm = nn.LayerNorm(width, eps=eps, bias=False)
+    else:
+        norm = nn.RMSNorm(width, eps=eps)
+    norm.weight.role = "norm"  # type: ignore[union-attr]
+    return norm
+
+
+def make_linear(in_features: int, out_features: int) -> nn.Linear:
+    """A linear map without bias, tagged as role ``matrix``."""
+    linear = nn.Linear(in_features, out_features, bias=False)
+    linear.weight.role = "matrix"  # type: ignore[union-attr]
+    return linear
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention with rotary embeddings on torch's scaled-dot-product kernels."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.num_heads = config.num_heads
+        self.dropout = config.dropout
+        self.qkv_proj = make_linear(config.hidden_size, 3 * config.hidden_size)
+        self.out_proj = make_linear(config.hidden_size, config.hidden_size)
+
+    def forward(self, x_BSD: Tensor, context: AttentionContext, kv: KVSlot | None = None) -> Tensor:
+        """Attend causally; ``(B, S, D)`` to ``(B, S, D)``."""
+        B, S, D = x_BSD.shape
+        qkv = self.qkv_proj(x_BSD).view(B, S, 3, self.num_heads, D // self.num_heads)
+        q_BASK, k_BASK, v_BASK = qkv.permute(2, 0, 3, 1, 4).unbind(0)
+        q_BASK, k_BASK = _rotate(q_BASK, context), _rotate(k_BASK, context)
+        if kv is not None:
+            k_BASK, v_BASK = kv.update(k_BASK, v_BASK)
+        out_BASK = F.scaled_dot_product_attention(
+            q_BASK,
+            k_BASK,
+            v_BASK,
+            attn_mask=context.mask_BSS,
+            dropout_p=self.dropout if self.training else 0.0,
+            is_causal=context.mask_BSS is None,
+        )
+        return self.out_proj(out_BASK.transpose(1, 2).reshape(B, S, D))
+
+
+class FeedForward(nn.Module):
+    """Two bias-free linear maps around a GELU: ``(..., D)`` to ``(..., D)``. Also one expert."""
+
+    def __init__(self, hidden_size: int, inner_size: int) -> None:
+        super().__init__()
+        self.up_proj = make_linear(hidden_size, inner_size)
+        self.down_proj = make_linear(inner_size, hidden_size)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Apply the two maps."""
+        return self.down_proj(F.gelu(self.up_proj(x)))
+
+
+class MLPOutput(NamedTuple):
+    """What any MLP of a block returns."""
+
+    y_BSD: Tensor
+    balance_loss: Tensor | None = None  # unweighted load-balance loss, 0-dim; None where dense
+    expert_counts: Tensor | None = None  # (experts,) tokens routed to each; None where dense
+
+
+class DenseMLP(FeedForward):
+    """The dense transformer's MLP: a :class:`FeedForward` without losses."""
+
+    def forward(self, x: Tensor) -> MLPOutput:  # type: ignore[override]
+        """Apply the MLP; ``(B, S, D)`` to ``(B, S, D)``."""
+        return MLPOutput(super().forward(x))
+
+
+class BlockOutput(NamedTuple):
+    """A block's residual stream, the input of its MLP, and what its MLP reports."""
+
+    x_BSD: Tensor
+    mlp_input_BSD: Tensor  # what a memory layer placed at this block reads (paper section 3.2)
+    balance_loss: Tensor | None
+    expert_counts: Tensor | None
+
+
+class Block(nn.Module):
+    """Pre-norm block: attention and MLP, each added to the residual stream.
+
+    Args:
+        config: shapes, norm and dropout.
+        mlp: maps ``(B, S, D)`` to an :class:`MLPOutput`.
+    """
+
+    def __init__(self, config: ModelConfig, mlp: nn.Module) -> None:
+        super().__init__()
+        self.attention_norm = make_norm(config.norm, config.hidden_size, config.norm_eps)
+        self.attention = Attention(config)
+        self.mlp_norm = make_norm(config.norm, config.hidden_size, config.norm_eps)
+        self.mlp = mlp
+        self.dropout = nn.Dropout(config.dropout)
+
+    def forward(
+        self, x_BSD: Tensor, context: AttentionContext, kv: KVSlot | None = None
+    ) -> BlockOutput:
+        """Run the block; also hand out the MLP's input, which memory layers read."""
+        attended = self.attention(self.attention_norm(x_BSD), context, kv)
+        x_BSD = x_BSD + self.dropout(attended)
+        mlp_input_BSD = self.mlp_norm(x_BSD)
+        mlp = self.mlp(mlp_input_BSD)
+        return BlockOutput(
+            x_BSD + self.dropout(mlp.y_BSD), mlp_input_BSD, mlp.balance_loss, mlp.expert_counts
+        )
