@@ -1,0 +1,81 @@
+"""DeepSpeed-MoE around the model's gate settings and expert (paper section 5.1)."""
+
+from __future__ import annotations
+
+import contextlib
+import re
+import sys
+
+from torch import Tensor, nn
+
+from ultramem_ds.config.schema import Config
+from ultramem_ds.model.transformer import FeedForward, MLPOutput
+from ultramem_ds.sharding.deepspeed_import import deepspeed
+
+
+def expert_parallel_size(config: Config, world_size: int) -> int:
+    """Ranks that share one set of experts.
+
+    Raises:
+        ValueError: if it does not divide the experts or the world, naming sizes that do.
+    """
+    moe = config.moe
+    size = moe.expert_parallel_size or world_size
+    if moe.num_experts % size == 0 and world_size % size == 0:
+        return size
+    fits = [
+        s for s in range(1, world_size + 1) if world_size % s == 0 and moe.num_experts % s == 0
+    ]
+    raise ValueError(
+        f"{moe.num_experts} experts cannot be spread over an expert-parallel group of {size} of "
+        f"{world_size} ranks; set moe.expert_parallel_size to one of {fits}"
+    )
+
+
+class ExpertParallelMLP(nn.Module):
+    """DeepSpeed's MoE layer as a block's MLP.
+
+    Constructed so that results do not depend on the number of ranks unless asked: no token is
+    dropped, no random token selection, no sampling of the second expert.
+    """
+
+    def __init__(self, config: Config, ep_size: int) -> None:
+        super().__init__()
+        moe = config.moe
+        with contextlib.redirect_stdout(sys.stderr):
+            self.moe = deepspeed.moe.layer.MoE(
+                hidden_size=config.model.hidden_size,
+                expert=FeedForward(config.model.hidden_size, config.model.inner_size),
+                num_experts=moe.num_experts,
+                ep_size=ep_size,
+                k=moe.top_k,
+                capacity_factor=moe.capacity_factor,
+                eval_capacity_factor=moe.capacity_factor,
+                drop_tokens=moe.drop_tokens,
+                use_rts=moe.use_rts,
+                top2_2nd_expert_sampling=moe.top2_2nd_expert_sampling,
+            )
+        for param in self.moe.parameters():
+            param.role = "matrix"
+
+    def forward(self, x_BSD: Tensor) -> MLPOutput:
+        """Route, exchange tokens with the experts' ranks, and combine."""
+        return MLPOutput(*self.moe(x_BSD))
+
+
+_GATE = re.compile(r"\.mlp\.moe\.deepspeed_moe\.gate\.wg\.")
+_EXPERT = re.compile(r"\.mlp\.moe\.deepspeed_moe\.experts\.deepspeed_experts\.(\d+)\.")
+
+
+def canonical_name(name: str, first_expert: int) -> str:
+    """The name that a parameter has in the one-process model.
+
+    Args:
+        name: under DeepSpeed's MoE, where a rank's experts count from 0.
+        first_expert: global index of this rank's first expert.
+
+    Returns:
+        For example ``blocks.0.mlp.experts.5.up_proj.weight``.
+    """
+    name = _GATE.sub(".mlp.gate.", name)
+    return _EXPERT.sub(lambda m: f".mlp.experts.{first_expert + int(m[1])}.", name)
