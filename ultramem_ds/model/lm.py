@@ -15,6 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 from ultramem_ds.config.schema import Config
 from ultramem_ds.model.memory.layer import ConvState, MemoryLayer, PendingMemory
+from ultramem_ds.model.memory.lookup import ValueTable
 from ultramem_ds.model.moe import MixtureOfExperts
 from ultramem_ds.model.placement import Placement
 from ultramem_ds.model.transformer import (
@@ -55,20 +56,29 @@ class LanguageModel(nn.Module):
     Args:
         config: resolved configuration.
         make_mlp: builds block i's MLP; the default is the one-process MLP of ``config.model.kind``.
+        make_table: builds memory layer i's value table; the default is the whole table.
     """
 
-    def __init__(self, config: Config, make_mlp: Callable[[int], nn.Module] | None = None) -> None:
+    def __init__(
+        self,
+        config: Config,
+        make_mlp: Callable[[int], nn.Module] | None = None,
+        make_table: Callable[[int], ValueTable] | None = None,
+    ) -> None:
         super().__init__()
-        model = config.model
+        model, memory = config.model, config.memory
         self.config = config
         make_mlp = make_mlp or (lambda _: local_mlp(config))
+        make_table = make_table or (
+            lambda i: ValueTable(memory.num_rows, memory.value_dim, table_index=i)
+        )
         self.embedding = nn.Embedding(model.vocab_size, model.hidden_size)
         self.embedding.weight.role = "embedding"  # type: ignore[assignment]
         self.dropout = nn.Dropout(model.dropout)
         self.blocks = nn.ModuleList(Block(model, make_mlp(i)) for i in range(model.num_layers))
-        spans = config.memory.spans if config.has_memory else ()
+        spans = memory.spans if config.has_memory else ()
         self.memories = nn.ModuleList(
-            MemoryLayer(model, config.memory, table_index=i) for i in range(len(spans))
+            MemoryLayer(model, memory, make_table(i)) for i in range(len(spans))
         )
         self.placement = Placement.from_spans(spans, model.num_layers)
         self.final_norm = make_norm(model.norm, model.hidden_size, model.norm_eps)
@@ -138,12 +148,17 @@ class LanguageModel(nn.Module):
         doc_starts_BS: Tensor | None = None,
         positions_BS: Tensor | None = None,
         mask_BSS: Tensor | None = None,
+        vocab_limit: int | None = None,
     ) -> LossTerms:
-        """Next-token losses of ``(B, S + 1)`` token ids; see :meth:`hidden` for the rest."""
+        """Next-token losses of ``(B, S + 1)`` token ids; see :meth:`hidden` for the rest.
+
+        ``vocab_limit`` masks the logits of the vocabulary's padding (evaluation); training leaves
+        them in.
+        """
         inputs_BS, targets_BS = tokens_BS1[:, :-1], tokens_BS1[:, 1:]
         x_BSD, balance, counts, aux = self.hidden(inputs_BS, doc_starts_BS, positions_BS, mask_BSS)
         logits_BSW = self.head(x_BSD)
-        loss = F.cross_entropy(logits_BSW.float().flatten(0, 1), targets_BS.reshape(-1))
+        loss = F.cross_entropy(logits_BSW[..., :vocab_limit].float().flatten(0, 1), targets_BS.reshape(-1))
         zero = loss.new_zeros(())
         config = self.config
         return LossTerms(

@@ -1,0 +1,58 @@
+"""Command line: one verb, one thin file beside this one."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import os
+import sys
+from collections.abc import Sequence
+
+from ultramem_ds import __version__
+
+# verb -> module of ultramem_ds.cli; imported only when needed, so that --help stays quick.
+VERBS = {
+    "prepare": "prepare",
+    "train-tokenizer": "train_tokenizer",
+    "inspect-data": "inspect_data",
+    "train": "train",
+    "evaluate": "evaluate",
+    "generate": "generate",
+    "count": "count",
+    "plan": "plan",
+    "bench": "bench",
+    "report": "report",
+}
+
+
+def build_parser(verbs: Sequence[str] = tuple(VERBS)) -> argparse.ArgumentParser:
+    """The parser with the given verbs."""
+    parser = argparse.ArgumentParser(
+        prog="ultramem-ds",
+        description="Pre-train UltraMem language models (arXiv 2411.12364) with DeepSpeed.",
+        epilog="For many ranks: deepspeed --no_local_rank --module ultramem_ds VERB ..., or "
+        "torchrun -m ultramem_ds VERB ...",
+    )
+    parser.add_argument("--version", action="version", version=f"ultramem-ds {__version__}")
+    subparsers = parser.add_subparsers(dest="verb", metavar="VERB", required=True)
+    for verb in verbs:
+        importlib.import_module(f"ultramem_ds.cli.{VERBS[verb]}").add_parser(subparsers)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one verb; a ``ValueError`` or ``OSError`` becomes one line and exit code 2."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    verb = argv[0] if argv else ""
+    try:
+        arguments = build_parser([verb] if verb in VERBS else tuple(VERBS)).parse_args(argv)
+        return int(arguments.run(arguments))
+    except (ValueError, OSError) as error:
+        if os.environ.get("ULTRAMEM_TRACEBACK"):
+            raise
+        if int(os.environ.get("RANK", "0")) == 0:
+            print(f"error: {error}", file=sys.stderr, flush=True)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr, flush=True)
+        return 130

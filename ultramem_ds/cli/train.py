@@ -1,0 +1,57 @@
+"""``train``: one training run, resumed by itself where its directory has a checkpoint."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from pathlib import Path
+
+
+def add_parser(subparsers: argparse._SubParsersAction) -> None:
+    """Register the verb."""
+    parser = subparsers.add_parser(
+        "train",
+        help="train a preset; resumes by itself",
+        description="Train PRESET on prepared data. Run it again to resume: the run directory's "
+        "latest checkpoint is used. A finished run says so and exits 0.",
+        epilog="Example: deepspeed --num_gpus 2 --no_local_rank --module ultramem_ds train --preset "
+        "ultramem-debug --data runs/demo/data --run-dir runs/mine train.max_steps=50",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    parser.add_argument("--preset", required=True, help="name of a preset; `count` lists them")
+    parser.add_argument(
+        "--data", type=Path, required=True, metavar="DIR", help="directory written by `prepare`"
+    )
+    parser.add_argument(
+        "--run-dir", type=Path, required=True, metavar="DIR", help="where the run lives"
+    )
+    parser.add_argument(
+        "--deepspeed",
+        type=Path,
+        metavar="FILE",
+        help="DeepSpeed JSON; without it the preset's own of ds_configs/",
+    )
+    parser.add_argument(
+        "overrides",
+        nargs="*",
+        metavar="section.key=value",
+        help="override a configuration key, for example train.max_steps=100",
+    )
+    parser.set_defaults(run=run)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Check the run, then train."""
+    from ultramem_ds.config.load import load_config
+    from ultramem_ds.train.loop import prepare_run, train
+
+    config = load_config(arguments.preset, arguments.overrides)
+    checked = prepare_run(
+        config,
+        arguments.data,
+        arguments.run_dir,
+        arguments.deepspeed,
+        int(os.environ.get("WORLD_SIZE", "1")),
+    )
+    train(checked)
+    return 0

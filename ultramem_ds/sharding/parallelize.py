@@ -1,0 +1,139 @@
+"""From a resolved configuration to a model spread over ranks: the only place that combines them."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from ultramem_ds.config.deepspeed import zero_stage
+from ultramem_ds.config.schema import Config
+from ultramem_ds.model.init import fill_rows, init_parameter
+from ultramem_ds.model.lm import LanguageModel
+from ultramem_ds.model.memory.lookup import ValueTable
+from ultramem_ds.optim.param_groups import build_param_groups
+from ultramem_ds.sharding import zero3
+from ultramem_ds.sharding.deepspeed_import import deepspeed
+from ultramem_ds.sharding.experts import ExpertParallelMLP, canonical_name, expert_parallel_size
+from ultramem_ds.sharding.lookup import build_lookup
+from ultramem_ds.sharding.runtime import Ranks
+from ultramem_ds.sharding.shard import TableShard, TableSpec
+
+
+@dataclass(frozen=True)
+class ParallelModel:
+    """What :func:`parallelize` returns.
+
+    Attributes:
+        engine: the DeepSpeed engine; ``engine.module`` is the :class:`LanguageModel`.
+        tables: the value tables on this rank; None without memory layers.
+        partition: the scheme in use, empty without memory layers.
+        first_expert: global index of this rank's first expert (kind moe), else 0.
+    """
+
+    engine: Any
+    tables: zero3.Zero3Tables | None
+    partition: str
+    first_expert: int
+
+
+def parallelize(config: Config, ranks: Ranks, engine_config: dict[str, Any]) -> ParallelModel:
+    """Build, initialise and distribute the model of ``config``.
+
+    In this order:
+
+    1. build the model: under ``zero.Init`` for ZeRO-3 (value tables as placeholders), whole for
+       ZeRO-1/2; kind moe gets DeepSpeed's MoE layer in place of each MLP;
+    2. initialise every parameter from (seed, name), experts by their global index: the same values
+       for any number of ranks;
+    3. fill this rank's rows of each value table and install them as its ZeRO-3 partition;
+    4. sort parameters into optimizer groups by role, split off experts for DeepSpeed;
+    5. ``deepspeed.initialize``;
+    6. exempt the tables from ZeRO-3's persistence and hand each memory layer its sharded lookup.
+    """
+    dtype = torch.bfloat16 if config.train.precision == "bf16" else torch.float32
+    partitioned = zero_stage(engine_config) == 3
+    first_expert = 0
+    make_mlp = None
+    if config.model.kind == "moe":
+        ep_size = expert_parallel_size(config, ranks.world_size)
+        first_expert = (ranks.rank % ep_size) * (config.moe.num_experts // ep_size)
+        make_mlp = lambda _: ExpertParallelMLP(config, ep_size)  # noqa: E731
+    construction = (
+        zero3.partitioned_construction(engine_config, dtype)
+        if partitioned
+        else contextlib.nullcontext()
+    )
+    with construction, contextlib.redirect_stdout(sys.stderr):
+        model = LanguageModel(
+            config, make_mlp, make_table=lambda i: ValueTable(ranks.world_size, 1, table_index=i)
+        )
+    named = [
+        (canonical_name(name, first_expert), param)
+        for name, param in model.named_parameters()
+        if getattr(param, "role", None) != "table"
+    ]
+
+    def fill(name: str, param: nn.Parameter) -> None:
+        init_parameter(name, param, config, config.train.seed)
+
+    if partitioned:
+        zero3.fill_partitioned(named, fill)
+    else:
+        for name, param in named:
+            fill(name, param)
+    params, shards, partition = _install_tables(model, config, ranks, dtype)
+    tables = zero3.Zero3Tables(params, shards, ranks.world_size) if params else None
+    engine = _initialize(model, config, engine_config)
+    if tables is not None:
+        tables.keep_partitioned(engine)
+    return ParallelModel(engine, tables, partition, first_expert)
+
+
+def _install_tables(
+    model: LanguageModel, config: Config, ranks: Ranks, dtype: torch.dtype
+) -> tuple[list[nn.Parameter], list[TableShard], str]:
+    """Give every memory layer its rows and its lookup."""
+    params, shards = [], []
+    for index, memory in enumerate(model.memories):
+        param = memory.values.weight
+        spec = TableSpec.from_config(config.memory, ranks.world_size)
+        values_RV = torch.empty(spec.shard_shape, dtype=dtype, device=ranks.device)
+        fill_rows(values_RV, config, config.train.seed, index, ranks.rank * spec.shard_shape[0])
+        zero3.install_shard(param, values_RV, spec.full_shape)
+        shard = TableShard(spec, lambda p=param, s=spec: p.ds_tensor.view(s.shard_shape))
+        memory.lookup = build_lookup(shard, "number-wise", None, config.memory)
+        params.append(param)
+        shards.append(shard)
+    return params, shards, "number-wise" if params else ""
+
+
+def _initialize(model: LanguageModel, config: Config, engine_config: dict[str, Any]) -> Any:
+    groups: list[Any] = list(build_param_groups(model.named_parameters(), config.optim))
+    if config.model.kind == "moe":
+        groups = deepspeed.moe.utils.split_params_into_different_moe_groups_for_optimizer(groups)
+        groups = [group for group in groups if group["params"]]
+    with contextlib.redirect_stdout(sys.stderr):
+        engine, _, _, _ = deepspeed.initialize(
+            model=model,
+            optimizer=make_optimizer(groups, config, engine_config),
+            config=engine_config,
+            dist_init_required=False,
+        )
+    return engine
+
+
+def make_optimizer(
+    groups: list[Any], config: Config, engine_config: dict[str, Any]
+) -> torch.optim.Optimizer:
+    """AdamW over role groups: DeepSpeed's CPU kernel under offload, torch's otherwise."""
+    optim = config.optim
+    settings = dict(lr=optim.lr, betas=(optim.beta1, optim.beta2), eps=optim.eps)
+    offload = engine_config.get("zero_optimization", {}).get("offload_optimizer", {})
+    if offload.get("device", "none") != "none":
+        return deepspeed.ops.adam.DeepSpeedCPUAdam(groups, adamw_mode=True, **settings)
+    return torch.optim.AdamW(groups, fused=torch.cuda.is_available(), **settings)

@@ -1,0 +1,109 @@
+"""Value tables as ZeRO-3 partitioned parameters that are never gathered: every special case of it.
+
+Phases, and who holds what:
+
+1. *Construction.* The model is built under ``deepspeed.zero.Init``, which partitions each parameter
+   as soon as its module exists. A value table is built as a placeholder of one element per rank;
+   :func:`install_shard` then swaps in this rank's rows, so that no rank ever holds more than its
+   own ``(R, V)`` slice, R = padded rows / P.
+2. *Forward and backward.* ZeRO-3 gathers the parameters of modules whose ``forward`` runs. A
+   table's holder has none, so its ``param.ds_tensor`` stays this rank's rows; the sharded lookup
+   reads them and accumulates their gradient (summed over the ranks' tokens) in fp32.
+3. *Optimizer step.* :meth:`Zero3Tables.publish_gradients` hands the accumulated gradient over,
+   divided by the world size, since ZeRO averages. From here on the table is any ZeRO-3 parameter:
+   clipping, Adam, offload, checkpoints.
+
+Letters: N physical rows, V value width, R rows on this rank, P ranks that share one copy.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ultramem_ds.sharding.deepspeed_import import deepspeed
+from ultramem_ds.sharding.shard import TableShard
+
+
+def partitioned_construction(engine_config: dict[str, Any], dtype: torch.dtype) -> Any:
+    """Context in which modules partition their parameters as soon as they are built."""
+    return deepspeed.zero.Init(config_dict_or_path=engine_config, dtype=dtype)
+
+
+def fill_partitioned(
+    named_parameters: Sequence[tuple[str, nn.Parameter]],
+    fill: Callable[[str, nn.Parameter], None],
+) -> None:
+    """Initialise partitioned parameters one at a time; every rank holds one whole at most.
+
+    ``fill`` is deterministic in the name, but only rank 0's result is used (ZeRO broadcasts it).
+    """
+    for name, param in named_parameters:
+        with deepspeed.zero.GatheredParameters([param], modifier_rank=0), torch.no_grad():
+            if deepspeed.comm.get_rank() == 0:
+                fill(name, param)
+
+
+def install_shard(param: nn.Parameter, values: Tensor, full_shape: tuple[int, ...]) -> None:
+    """Replace a placeholder's partition by this rank's rows; call before ``deepspeed.initialize``.
+
+    Args:
+        param: a partitioned placeholder.
+        values: this rank's slice, flat or ``(R, V)``, the parameter's dtype; not copied.
+        full_shape: shape of the whole parameter; its product is ``values.numel() * P``.
+    """
+    numel = torch.Size(full_shape).numel()
+    assert numel == values.numel() * param.ds_zero_partition_world_size
+    old = param.ds_tensor
+    new = values.detach().reshape(-1)
+    new.requires_grad_(False)
+    new.ds_numel = values.numel()
+    new.status = old.status
+    new.final_location = old.final_location
+    param.ds_tensor = new
+    param.ds_shape = torch.Size(full_shape)
+    param.ds_numel = numel
+    param.ds_numel_aligned = numel
+    param.ds_persist = False
+
+
+class Zero3Tables:
+    """The value tables of one model on this rank, between the lookups and the ZeRO-3 optimizer.
+
+    Args:
+        params: the tables' parameters, shards installed.
+        shards: what the lookups read and accumulate into, in the same order.
+        world_size: all ranks of the data-parallel group.
+    """
+
+    def __init__(
+        self, params: Sequence[nn.Parameter], shards: Sequence[TableShard], world_size: int
+    ) -> None:
+        self.params = list(params)
+        self.shards = list(shards)
+        self.world_size = world_size
+
+    def keep_partitioned(self, engine: Any) -> None:
+        """Exempt the tables from ``stage3_param_persistence_threshold``.
+
+        ZeRO-3 keeps parameters below the threshold gathered on every rank; small tables would be
+        among them and their ``ds_tensor`` would go stale. Call once after ``deepspeed.initialize``.
+        """
+        tables = {id(param) for param in self.params}
+        persistent = engine.optimizer.persistent_parameters
+        persistent[:] = [param for param in persistent if id(param) not in tables]
+        for param in self.params:
+            param.ds_persist = False
+            if param.ds_status is deepspeed.zero.partition_parameters.ZeroParamStatus.AVAILABLE:
+                param.partition()
+
+    def publish_gradients(self) -> None:
+        """Hand the accumulated gradients to ZeRO; once per optimizer step, before ``engine.step``."""
+        for param, shard in zip(self.params, self.shards):
+            grad_RV = shard.reduced_gradient()
+            grad_RV.div_(self.world_size)
+            deepspeed.utils.safe_set_local_grad(param, grad_RV.flatten())
+            shard.zero_gradient()

@@ -1,0 +1,191 @@
+"""One optimizer step at a time: the DeepSpeed engine as the training loop sees it."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ultramem_ds.config.deepspeed import BatchPlan, engine_config, zero_stage
+from ultramem_ds.config.schema import Config
+from ultramem_ds.data.loader import MicroBatch
+from ultramem_ds.model.lm import LanguageModel
+from ultramem_ds.optim.param_groups import SCHEDULES
+from ultramem_ds.sharding import comm
+from ultramem_ds.sharding.parallelize import parallelize
+from ultramem_ds.sharding.runtime import Ranks
+from ultramem_ds.train import checkpoint as checkpoints
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What one optimizer step measured, averaged over ranks and micro-batches.
+
+    Attributes:
+        loss: next-token cross-entropy, nats.
+        aux_loss: weighted auxiliary loss of the memory layers (eq. 12).
+        balance_loss: weighted load-balance loss of MoE.
+        grad_norm: global gradient norm before clipping.
+        lr: learning rate of everything but value tables.
+        lr_values: learning rate of value tables; None without any.
+        expert_share: per MoE block, each expert's share of the routed tokens; empty without MoE.
+    """
+
+    loss: float
+    aux_loss: float
+    balance_loss: float
+    grad_norm: float
+    lr: float
+    lr_values: float | None
+    expert_share: list[list[float]]
+
+
+class TrainEngine:
+    """The distributed model and its optimizer.
+
+    Args:
+        config: resolved configuration.
+        ranks: where this process stands.
+        deepspeed_json: contents of the DeepSpeed JSON.
+        batches: how the global batch is cut up.
+    """
+
+    def __init__(
+        self, config: Config, ranks: Ranks, deepspeed_json: dict[str, Any], batches: BatchPlan
+    ) -> None:
+        self.config = config
+        self.ranks = ranks
+        self.batches = batches
+        self.zero_stage = zero_stage(deepspeed_json)
+        # Dropout differs from rank to rank, parameters do not depend on it.
+        torch.manual_seed(config.train.seed * 1_000_003 + ranks.rank)
+        parallel = parallelize(config, ranks, engine_config(deepspeed_json, config, batches))
+        self.engine = parallel.engine
+        self.tables = parallel.tables
+        self.partition = parallel.partition
+
+    @property
+    def model(self) -> LanguageModel:
+        """The module inside the engine."""
+        model: LanguageModel = self.engine.module
+        return model
+
+    def train_step(self, micro_batches: Iterator[MicroBatch], step: int) -> StepResult:
+        """Take optimizer step ``step`` (counted from 0) on the next micro-batches."""
+        self.engine.train()
+        lrs = self._set_learning_rates(step)
+        sums = torch.zeros(3, device=self.ranks.device)
+        counts: Tensor | None = None
+        for index in range(self.batches.accumulation_steps):
+            batch = next(micro_batches)
+            terms = self.engine(*self._inputs(batch))
+            self.engine.backward(terms["loss"] + terms["aux_loss"] + terms["balance_loss"])
+            sums += torch.stack(
+                [terms[k].detach().float() for k in ("loss", "aux_loss", "balance_loss")]
+            )
+            load = terms["expert_counts"].float()
+            counts = load if counts is None else counts + load
+            if index == self.batches.accumulation_steps - 1 and self.tables is not None:
+                self.tables.publish_gradients()
+            self.engine.step()
+        self.model.mark_stale()
+        assert counts is not None
+        packed = comm.all_reduce_sum(torch.cat([sums, counts.flatten()]))
+        loss, aux, balance = (
+            packed[:3] / (self.ranks.world_size * self.batches.accumulation_steps)
+        ).tolist()
+        load = packed[3:].view_as(counts)
+        share = load / load.sum(-1, keepdim=True).clamp_min(1)
+        return StepResult(
+            loss=loss,
+            aux_loss=aux,
+            balance_loss=balance,
+            grad_norm=float(self.engine.get_global_grad_norm()),
+            lr=lrs["matrices"],
+            lr_values=lrs["tables"] if self.tables is not None else None,
+            expert_share=share.tolist() if share.numel() else [],
+        )
+
+    def _inputs(self, batch: MicroBatch) -> tuple[Tensor | None, ...]:
+        tensors = (batch.tokens, batch.doc_starts, batch.positions, batch.mask)
+        return tuple(t if t is None else t.to(self.ranks.device, non_blocking=True) for t in tensors)
+
+    def _set_learning_rates(self, step: int) -> dict[str, float]:
+        """Set this step's rates on the optimizer's groups; returns them by schedule."""
+        lrs = {
+            name: schedule(step, self.config.train.max_steps, self.config.optim)
+            for name, schedule in SCHEDULES.items()
+        }
+        for group in self.engine.optimizer.param_groups:
+            group["lr"] = lrs[group["schedule"]]
+        return lrs
+
+    def save(self, run_dir: Path, step: int, data_fingerprint: str) -> None:
+        """Write a checkpoint after ``step`` optimizer steps and make it the latest."""
+        tag = checkpoints.staging_tag(step)
+        directory = checkpoints.checkpoints_dir(run_dir)
+        with contextlib.redirect_stdout(sys.stderr):
+            self.engine.save_checkpoint(str(directory), tag=tag, save_latest=False)
+        _save_rng(directory / tag, self.ranks)
+        comm.barrier()
+        if self.ranks.is_main:
+            from ultramem_ds.config.load import to_dict
+
+            checkpoints.publish(
+                run_dir,
+                checkpoints.TrainerState(
+                    step=step,
+                    consumed_samples=step * self.batches.global_batch_size,
+                    data_fingerprint=data_fingerprint,
+                    world_size=self.ranks.world_size,
+                    partition=self.partition,
+                    zero_stage=self.zero_stage,
+                    config=to_dict(self.config),
+                ),
+                self.config.train.keep_last,
+            )
+        comm.barrier()
+
+    def load(self, checkpoint: Path) -> checkpoints.TrainerState:
+        """Restore parameters, optimizer state and random-number states.
+
+        Raises:
+            ValueError: if the checkpoint cannot be loaded here.
+        """
+        state = checkpoints.read_trainer_state(checkpoint)
+        with contextlib.redirect_stdout(sys.stderr):
+            path, _ = self.engine.load_checkpoint(str(checkpoint.parent), tag=checkpoint.name)
+        if path is None:
+            raise ValueError(f"{checkpoint} could not be loaded by DeepSpeed")
+        if state.world_size == self.ranks.world_size:
+            _load_rng(checkpoint, self.ranks)
+        self.model.mark_stale()
+        return state
+
+
+def _rng_file(directory: Path, ranks: Ranks) -> Path:
+    return directory / f"rng_rank_{ranks.rank:05d}.pt"
+
+
+def _save_rng(directory: Path, ranks: Ranks) -> None:
+    states = {"cpu": torch.get_rng_state()}
+    if ranks.device.type == "cuda":
+        states["cuda"] = torch.cuda.get_rng_state(ranks.device)
+    with open(_rng_file(directory, ranks), "wb") as file:
+        torch.save(states, file)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _load_rng(directory: Path, ranks: Ranks) -> None:
+    states = torch.load(_rng_file(directory, ranks), weights_only=True)
+    torch.set_rng_state(states["cpu"])
+    if ranks.device.type == "cuda" and "cuda" in states:
+        torch.cuda.set_rng_state(states["cuda"], ranks.device)
