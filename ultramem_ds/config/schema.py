@@ -46,7 +46,14 @@ class ModelConfig:
     init_std: float = 0.02  # of embeddings and matrices; residual outputs / sqrt(2 L)
 
     def __post_init__(self) -> None:
-        for name in ("hidden_size", "inner_size", "num_layers", "num_heads", "vocab_size", "seq_len"):
+        for name in (
+            "hidden_size",
+            "inner_size",
+            "num_layers",
+            "num_heads",
+            "vocab_size",
+            "seq_len",
+        ):
             _require(getattr(self, name) >= 1, f"model.{name} must be at least 1")
         _require(
             self.hidden_size % self.num_heads == 0,
@@ -261,7 +268,9 @@ class DataConfig:
 
     __pydantic_config__ = _STRICT
 
-    weights: dict[str, float] = field(default_factory=dict)  # per subset; {} = RedPajama's, else by tokens
+    weights: dict[str, float] = field(
+        default_factory=dict
+    )  # per subset; {} = RedPajama's, else by tokens
     num_workers: int = 1  # prefetching processes per rank; 0 = load in the training process
     prefetch: int = 4  # micro-batches each worker keeps ready
     document_mask: bool = False  # attention and convolution stop at document boundaries

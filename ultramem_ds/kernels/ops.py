@@ -1,0 +1,288 @@
+"""The public, differentiable operators: argument checks and autograd around a kernel."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import Function
+from torch.autograd.function import once_differentiable
+
+from ultramem_ds.kernels import registry
+from ultramem_ds.kernels.base import (
+    Kernel,
+    Layout,
+    Ragged,
+    Rectangular,
+    RowGradients,
+    accumulation_dtype,
+)
+
+# Letters: see kernels/base.py.
+
+VALUE_DTYPES = (torch.float32, torch.bfloat16, torch.float64)
+
+
+class _LookupReduce(Function):
+    """Pooling by a kernel; what the way back needs is the layout, the table and the scores."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        values_RV: Tensor,
+        scores: Tensor,
+        layout: Layout,
+        kernel: Kernel,
+        grad_values_RV: Tensor | None,
+    ) -> Tensor:
+        ctx.save_for_backward(values_RV, scores)
+        ctx.layout, ctx.kernel, ctx.grad_values_RV = layout, kernel, grad_values_RV
+        scores_accumulated = scores.to(accumulation_dtype(values_RV.dtype))
+        return layout.pool(kernel, values_RV, scores_accumulated)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_pooled: Tensor) -> tuple[Tensor | None, ...]:
+        values_RV, scores = ctx.saved_tensors
+        dtype = accumulation_dtype(values_RV.dtype)
+        buffer_RV = ctx.grad_values_RV
+        if ctx.needs_input_grad[0]:
+            buffer_RV = torch.zeros_like(values_RV, dtype=dtype)
+        rows_M, bags_M = ctx.layout.entries()
+        grad_scores_Mh = ctx.kernel.backward(
+            grad_pooled.contiguous().view(-1, values_RV.shape[1]),
+            values_RV,
+            rows_M,
+            bags_M,
+            scores.to(dtype).view(-1, scores.shape[-1]),
+            buffer_RV,
+        )
+        grad_values_RV = buffer_RV.to(values_RV.dtype) if ctx.needs_input_grad[0] else None
+        return grad_values_RV, grad_scores_Mh.view_as(scores).to(scores.dtype), None, None, None
+
+
+def _apply(
+    values_RV: Tensor,
+    scores: Tensor,
+    layout: Layout,
+    kernel_name: str,
+    grad_values_RV: Tensor | None,
+) -> Tensor:
+    _check_table(values_RV, scores, grad_values_RV)
+    kernel = registry.resolve(kernel_name, values_RV.device)
+    scores = scores.contiguous()
+    if grad_values_RV is not None:
+        values_RV = values_RV.detach()
+        if not scores.requires_grad:
+            # A node of the graph must exist, or the buffer would silently miss this lookup.
+            scores = scores.detach().requires_grad_()
+    if not torch.is_grad_enabled() or not (values_RV.requires_grad or scores.requires_grad):
+        return layout.pool(
+            kernel, values_RV.detach(), scores.detach().to(accumulation_dtype(values_RV.dtype))
+        )
+    pooled: Tensor = _LookupReduce.apply(values_RV, scores, layout, kernel, grad_values_RV)
+    return pooled
+
+
+def lookup_reduce(
+    values_RV: Tensor,
+    rows_TK: Tensor,
+    projectors_TK: Tensor,
+    scores_TKh: Tensor,
+    num_projectors: int,
+    *,
+    grad_values_RV: Tensor | None = None,
+    kernel: str = "auto",
+) -> Tensor:
+    """Look up, weight and pool rows per (token, projector); differentiable.
+
+    With the value columns cut into h contiguous chunks, ``out[t, p, chunk i]`` is the sum over
+    the k with ``projectors[t, k] == p`` of ``scores[t, k, i] * values[rows[t, k], chunk i]``:
+    implicit value expansion (UltraMem section 3.3) and multi-core scoring (section 3.4) in one
+    pass over the rows.
+
+    Args:
+        values_RV: table, ``(R, V)`` contiguous, fp32, bf16 or fp64; h must divide V.
+        rows_TK: row ids in ``[0, R)``, int64 or int32.
+        projectors_TK: projector ids in ``[0, num_projectors)``, int64 or int32.
+        scores_TKh: any floating dtype; weighting and sums are in fp32 (fp64 for an fp64 table).
+        num_projectors: E.
+        grad_values_RV: buffer of the table's shape in fp32 (fp64 for an fp64 table). If given,
+            the backward adds the table's gradient to it in place, autograd sees none for
+            ``values_RV``, and nothing of the table's size is allocated. If not, and
+            ``values_RV`` requires a gradient, autograd gets a dense one.
+        kernel: ``auto`` or a name of :data:`ultramem_ds.kernels.registry.NAMES`; the environment
+            variable ``ULTRAMEM_KERNEL`` wins over it.
+
+    Returns:
+        ``(T, E, V)`` in the dtype of ``values_RV``.
+
+    Raises:
+        ValueError: shapes, dtypes or the kernel's name do not fit, or the kernel is unavailable.
+        IndexError, RuntimeError: a row or projector id is out of range (checked on CPU).
+    """
+    layout = _rectangular(rows_TK, projectors_TK, scores_TKh, num_projectors)
+    return _apply(values_RV, scores_TKh, layout, kernel, grad_values_RV)
+
+
+def bag_reduce(
+    values_RV: Tensor,
+    rows_M: Tensor,
+    offsets_B1: Tensor,
+    scores_Mh: Tensor,
+    *,
+    grad_values_RV: Tensor | None = None,
+    kernel: str = "auto",
+) -> Tensor:
+    """Look up, weight and pool rows into ragged bags; differentiable.
+
+    The ragged form of :func:`lookup_reduce`, where an owner of rows pools what each (token,
+    projector) asks of it (owner-pooled sharding).
+
+    Args:
+        values_RV: as in :func:`lookup_reduce`.
+        rows_M: row ids of all bags, one after the other.
+        offsets_B1: int64 or int32; bag b holds entries ``offsets[b] : offsets[b + 1]``;
+            ``offsets[0] == 0`` and ``offsets[B] == M``. Empty bags give zeros.
+        scores_Mh: scores of the entries.
+        grad_values_RV: as in :func:`lookup_reduce`.
+        kernel: as in :func:`lookup_reduce`.
+
+    Returns:
+        ``(B, V)`` in the dtype of ``values_RV``.
+
+    Raises:
+        ValueError: shapes, dtypes or the kernel's name do not fit, or the kernel is unavailable.
+        IndexError, RuntimeError: a row id is out of range (checked on CPU).
+    """
+    layout = _ragged(rows_M, offsets_B1, scores_Mh)
+    return _apply(values_RV, scores_Mh, layout, kernel, grad_values_RV)
+
+
+def lookup_reduce_backward_rows(
+    grad_pooled_TEV: Tensor,
+    values_RV: Tensor,
+    rows_TK: Tensor,
+    projectors_TK: Tensor,
+    scores_TKh: Tensor,
+    *,
+    kernel: str = "auto",
+) -> RowGradients:
+    """Backward of :func:`lookup_reduce` that keeps the table's gradient sparse by row.
+
+    For a row-sparse optimizer (:func:`ultramem_ds.kernels.row_adam_`): memory and time are
+    proportional to the rows touched, not to the table.
+
+    Args:
+        grad_pooled_TEV: gradient of the output, in the dtype of ``values_RV``.
+        values_RV: as in :func:`lookup_reduce`.
+        rows_TK: as in :func:`lookup_reduce`.
+        projectors_TK: as in :func:`lookup_reduce`.
+        scores_TKh: as in :func:`lookup_reduce`.
+        kernel: as in :func:`lookup_reduce`.
+
+    Returns:
+        Distinct rows in ascending order, their gradients, and the scores' gradient.
+
+    Raises:
+        ValueError: shapes, dtypes or the kernel's name do not fit, or the kernel is unavailable.
+    """
+    layout = _rectangular(rows_TK, projectors_TK, scores_TKh, grad_pooled_TEV.shape[1])
+    return _backward_rows(grad_pooled_TEV, values_RV, layout, scores_TKh, kernel)
+
+
+def bag_reduce_backward_rows(
+    grad_pooled_BV: Tensor,
+    values_RV: Tensor,
+    rows_M: Tensor,
+    offsets_B1: Tensor,
+    scores_Mh: Tensor,
+    *,
+    kernel: str = "auto",
+) -> RowGradients:
+    """Backward of :func:`bag_reduce` that keeps the table's gradient sparse by row.
+
+    Arguments as in :func:`bag_reduce`; result and errors as in
+    :func:`lookup_reduce_backward_rows`.
+    """
+    layout = _ragged(rows_M, offsets_B1, scores_Mh)
+    return _backward_rows(grad_pooled_BV, values_RV, layout, scores_Mh, kernel)
+
+
+def _backward_rows(
+    grad_pooled: Tensor, values_RV: Tensor, layout: Layout, scores: Tensor, kernel_name: str
+) -> RowGradients:
+    _check_table(values_RV, scores, None)
+    if grad_pooled.dtype != values_RV.dtype:
+        raise ValueError(
+            f"the output's gradient is {grad_pooled.dtype}, the table {values_RV.dtype}: cast it"
+        )
+    rows_M, bags_M = layout.entries()
+    touched = registry.resolve(kernel_name, values_RV.device).backward_rows(
+        grad_pooled.contiguous().view(-1, values_RV.shape[1]),
+        values_RV.detach(),
+        rows_M,
+        bags_M,
+        scores.detach().to(accumulation_dtype(values_RV.dtype)).reshape(-1, scores.shape[-1]),
+    )
+    return RowGradients(touched.rows_U, touched.grad_UV, touched.grad_scores.view(scores.shape))
+
+
+def _rectangular(
+    rows_TK: Tensor, projectors_TK: Tensor, scores_TKh: Tensor, num_projectors: int
+) -> Rectangular:
+    if rows_TK.dim() != 2 or projectors_TK.shape != rows_TK.shape:
+        raise ValueError(
+            f"rows {tuple(rows_TK.shape)} and projectors {tuple(projectors_TK.shape)} must both "
+            "be (T, K)"
+        )
+    if scores_TKh.dim() != 3 or scores_TKh.shape[:2] != rows_TK.shape:
+        raise ValueError(
+            f"scores {tuple(scores_TKh.shape)} must be (T, K, h) with rows {tuple(rows_TK.shape)}"
+        )
+    if num_projectors < 1:
+        raise ValueError(f"num_projectors={num_projectors} must be at least 1")
+    return Rectangular(_ids("rows", rows_TK), _ids("projectors", projectors_TK), num_projectors)
+
+
+def _ragged(rows_M: Tensor, offsets_B1: Tensor, scores_Mh: Tensor) -> Ragged:
+    if rows_M.dim() != 1 or offsets_B1.dim() != 1 or offsets_B1.numel() < 1:
+        raise ValueError(
+            f"rows {tuple(rows_M.shape)} must be (M,) and offsets {tuple(offsets_B1.shape)} "
+            "(B + 1,)"
+        )
+    if scores_Mh.dim() != 2 or scores_Mh.shape[0] != rows_M.shape[0]:
+        raise ValueError(
+            f"scores {tuple(scores_Mh.shape)} must be (M, h) with rows {tuple(rows_M.shape)}"
+        )
+    return Ragged(_ids("rows", rows_M), _ids("offsets", offsets_B1))
+
+
+def _ids(name: str, ids: Tensor) -> Tensor:
+    if ids.dtype not in (torch.int64, torch.int32):
+        raise ValueError(f"{name} are {ids.dtype}; pass int64 or int32")
+    return ids.to(torch.int64).contiguous()
+
+
+def _check_table(values_RV: Tensor, scores: Tensor, grad_values_RV: Tensor | None) -> None:
+    if values_RV.dim() != 2 or values_RV.dtype not in VALUE_DTYPES:
+        raise ValueError(
+            f"the table is {tuple(values_RV.shape)} {values_RV.dtype}; pass (R, V) in fp32, bf16 "
+            "or fp64"
+        )
+    if not values_RV.is_contiguous():
+        raise ValueError("the table is not contiguous; a copy of it would be made at every call")
+    num_cores = scores.shape[-1]
+    if num_cores < 1 or values_RV.shape[1] % num_cores != 0:
+        raise ValueError(f"{num_cores} cores must divide the value width {values_RV.shape[1]}")
+    if grad_values_RV is None:
+        return
+    dtype = accumulation_dtype(values_RV.dtype)
+    if grad_values_RV.shape != values_RV.shape or grad_values_RV.dtype != dtype:
+        raise ValueError(
+            f"the gradient buffer is {tuple(grad_values_RV.shape)} {grad_values_RV.dtype}; it must "
+            f"be {tuple(values_RV.shape)} {dtype}"
+        )
+    if not grad_values_RV.is_contiguous():
+        raise ValueError("the gradient buffer is not contiguous")

@@ -1,0 +1,114 @@
+"""Which implementations exist here, which one is used, and why.
+
+``kernel="auto"`` takes the first available name of the device's list; ``ULTRAMEM_KERNEL=name``
+in the environment wins over every argument.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+
+import torch
+
+from ultramem_ds.kernels.base import Kernel
+from ultramem_ds.kernels.embedding_bag import EmbeddingBagKernel
+from ultramem_ds.kernels.reference import ReferenceKernel
+
+ENVIRONMENT_KEY = "ULTRAMEM_KERNEL"
+
+
+@dataclass(frozen=True)
+class Choice:
+    """An implementation for one device, or why there is none.
+
+    Attributes:
+        kernel: the implementation; None if it cannot run here.
+        reason: what was found, for people.
+    """
+
+    kernel: Kernel | None
+    reason: str
+
+
+def _reference(device: torch.device) -> Choice:
+    return Choice(ReferenceKernel(), "plain torch, the oracle")
+
+
+def _embedding_bag(device: torch.device) -> Choice:
+    return Choice(EmbeddingBagKernel(), "torch's embedding_bag")
+
+
+def _cpu(device: torch.device) -> Choice:
+    if device.type != "cpu":
+        return Choice(None, f"runs on cpu, the table is on {device.type}")
+    return Choice(EmbeddingBagKernel(), "torch's embedding_bag")
+
+
+# In order of preference for kernel="auto".
+_FACTORIES: dict[str, Callable[[torch.device], Choice]] = {
+    "cpu": _cpu,
+    "embedding-bag": _embedding_bag,
+    "reference": _reference,
+}
+NAMES = tuple(_FACTORIES)
+
+
+@cache
+def _choice(name: str, device_type: str) -> Choice:
+    return _FACTORIES[name](torch.device(device_type))
+
+
+def _requested(name: str) -> str:
+    forced = os.environ.get(ENVIRONMENT_KEY)
+    chosen = forced or name
+    if chosen != "auto" and chosen not in _FACTORIES:
+        source = ENVIRONMENT_KEY if forced else "kernel"
+        raise ValueError(f"{source}={chosen}: no such kernel; use auto or one of {list(NAMES)}")
+    return chosen
+
+
+def _pick(name: str, device_type: str) -> tuple[str, Choice]:
+    """Return the name picked and its choice."""
+    requested = _requested(name)
+    names = NAMES if requested == "auto" else (requested,)
+    for candidate in names:
+        choice = _choice(candidate, device_type)
+        if choice.kernel is not None:
+            return candidate, choice
+    raise ValueError(f"kernel {requested}: {_choice(requested, device_type).reason}")
+
+
+def resolve(name: str, device: torch.device) -> Kernel:
+    """Return the implementation called ``name`` for tables on ``device``.
+
+    Args:
+        name: ``auto`` or one of :data:`NAMES`; ``ULTRAMEM_KERNEL`` wins over it.
+        device: where the table lives.
+
+    Raises:
+        ValueError: the name is unknown, or that implementation cannot run here (says why).
+    """
+    kernel = _pick(name, device.type)[1].kernel
+    assert kernel is not None
+    return kernel
+
+
+def describe(name: str = "auto", device: torch.device | str = "cpu") -> str:
+    """Say which kernel ``name`` gives on ``device``, why, and why the others were passed over.
+
+    Raises:
+        ValueError: as :func:`resolve`.
+    """
+    device_type = torch.device(device).type
+    picked, choice = _pick(name, device_type)
+    forced = f" (forced by {ENVIRONMENT_KEY})" if os.environ.get(ENVIRONMENT_KEY) else ""
+    passed_over = [
+        f"{other}: {_choice(other, device_type).reason}"
+        for other in NAMES
+        if _choice(other, device_type).kernel is None
+    ]
+    line = f"kernel {picked}{forced}: {choice.reason}"
+    return line + (f"; unavailable: {'; '.join(passed_over)}" if passed_over else "")
