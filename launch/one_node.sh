@@ -1,0 +1,13 @@
+#!/usr/bin/env bash
+# One node: NPROC=8 launch/one_node.sh train --preset ultramem-151m-x12 --data DIR --run-dir DIR [...]
+# NPROC defaults to the GPUs of this node, or 2 processes without any.
+set -euo pipefail
+python=${PYTHON:-python}
+gpus=$("$python" -c 'import torch; print(torch.cuda.device_count())')
+nproc=${NPROC:-$((gpus > 0 ? gpus : 2))}
+port=${MASTER_PORT:-$("$python" -c 'import socket; s = socket.socket(); s.bind(("", 0)); print(s.getsockname()[1])')}
+if [ "$gpus" -eq 0 ]; then # CPU ranks share the cores
+  export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$(($(nproc) > nproc ? $(nproc) / nproc : 1))}
+fi
+exec "$python" -m deepspeed.launcher.runner --num_gpus "$nproc" --no_local_rank \
+  --master_addr 127.0.0.1 --master_port "$port" --module ultramem_ds "$@"

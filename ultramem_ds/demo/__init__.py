@@ -1,0 +1,1 @@
+"""The demo: from the Python standard library's text to three trained models."""
