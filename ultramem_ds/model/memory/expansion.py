@@ -1,0 +1,89 @@
+"""Implicit value expansion: virtual slot -> physical row and projector (paper section 3.2, eq. 14-15).
+
+A virtual slot id ``row * n + col`` in [0, E*N) goes through a fixed permutation; the physical row
+is the permuted id modulo N, the projector its quotient. The permutation is a seeded bijection
+computed on the fly (nothing per slot is stored), a stored table (released checkpoints), or none.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from ultramem_ds.config.schema import MemoryConfig
+
+# T tokens, K rows per token, n keys per side, E expansion, N physical rows.
+
+_NUM_ROUNDS = 4  # a Feistel network with random round functions is pseudo-random from 4 rounds on
+
+
+class IdentityShuffle(nn.Module):
+    """No permutation: neighbouring virtual slots stay neighbours."""
+
+    def forward(self, slots: Tensor) -> Tensor:
+        """Return ``slots`` unchanged."""
+        return slots
+
+
+class StoredShuffle(nn.Module):
+    """A permutation held as a table of E*N int64 (8 bytes per slot), saved with the model."""
+
+    index: Tensor
+
+    def __init__(self, num_slots: int, seed: int) -> None:
+        super().__init__()
+        generator = torch.Generator().manual_seed(seed)
+        self.register_buffer("index", torch.randperm(num_slots, generator=generator))
+
+    def forward(self, slots: Tensor) -> Tensor:
+        """Map virtual slot ids (any shape, int64) to permuted ids."""
+        return self.index[slots]
+
+
+class BijectionShuffle(nn.Module):
+    """A seeded permutation of [0, n*n) computed on the fly from 4 n numbers.
+
+    A Feistel network over pairs (left, right) in [0, n)^2: each round maps (left, right) to
+    (right, (left + f(right)) mod n), which is invertible for any f; f is a table of n random
+    numbers per round. The domain is exactly n*n, so no cycle walking and no host sync is needed,
+    and every intermediate fits int64 for any n below 2^31.
+    """
+
+    def __init__(self, num_keys: int, seed: int) -> None:
+        super().__init__()
+        self.num_keys = num_keys
+        self.seed = seed
+        # Not a buffer: it follows from (n, seed), is never saved and survives meta construction.
+        self._rounds: dict[torch.device, Tensor] = {}
+
+    def _tables(self, device: torch.device) -> Tensor:
+        """Round functions (rounds, n), made once per device by the CPU generator."""
+        if device not in self._rounds:
+            generator = torch.Generator().manual_seed(self.seed)
+            shape = (_NUM_ROUNDS, self.num_keys)
+            tables = torch.randint(self.num_keys, shape, generator=generator, device="cpu")
+            self._rounds[device] = tables.to(device)
+        return self._rounds[device]
+
+    def forward(self, slots: Tensor) -> Tensor:
+        """Map virtual slot ids (any shape, int64) to permuted ids."""
+        n = self.num_keys
+        left, right = slots // n, slots % n
+        for table in self._tables(slots.device):
+            left, right = right, (left + table[right]) % n
+        return left * n + right
+
+
+def build_shuffle(memory: MemoryConfig, table_index: int) -> nn.Module:
+    """The permutation of memory layer ``table_index``; it does not depend on the training seed."""
+    seed = 0x5EED + table_index
+    if memory.shuffle == "bijection":
+        return BijectionShuffle(memory.num_keys, seed)
+    if memory.shuffle == "stored":
+        return StoredShuffle(memory.num_slots, seed)
+    return IdentityShuffle()
+
+
+def split_slots(permuted_TK: Tensor, num_rows: int) -> tuple[Tensor, Tensor]:
+    """Permuted virtual ids -> (physical rows, projectors), both of the input's shape."""
+    return permuted_TK % num_rows, permuted_TK // num_rows

@@ -1,0 +1,98 @@
+"""The memory layer: UltraMem and PKM are settings of one layer (paper section 3, Figures 3-5).
+
+    x at block a -> Retrieval -> shuffle -> (row, projector) -> lookup ... wait -> projection -> out
+
+``start`` runs at block a and begins the lookup; ``finish`` runs after block b and waits for it, so
+that the blocks between can compute while rows travel. Neither is ``forward``: under ZeRO-3 a
+module's direct parameters are gathered around its forward, and the table must never be.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from ultramem_ds.config.schema import MemoryConfig, ModelConfig
+from ultramem_ds.model.roles import tag
+from ultramem_ds.model.memory.expansion import build_shuffle, split_slots
+from ultramem_ds.model.memory.lookup import Lookup, LocalLookup, PendingLookup, ValueTable
+from ultramem_ds.model.memory.retrieval import Retrieval, Selection
+
+# B sequences, S sequence length, T = B*S tokens, D hidden, E expansion, V value width.
+
+
+@dataclass(frozen=True)
+class PendingMemory:
+    """A memory layer between ``start`` and ``finish``."""
+
+    lookup: PendingLookup
+    selection: Selection
+    rows_TK: Tensor  # physical rows, int64
+    shape: torch.Size  # (B, S, D)
+
+    @property
+    def aux_loss(self) -> Tensor:
+        """Eq. 12 for this layer: 0-dim, graph attached; 0 for r = 1 and outside training."""
+        return self.selection.aux_loss
+
+    @property
+    def conv_state(self) -> Tensor | None:
+        """Pass to the next ``start`` when decoding: (B, kernel - 1, D), None without convolution."""
+        return self.selection.conv_state
+
+
+class MemoryLayer(nn.Module):
+    """One memory layer with its table.
+
+    Args:
+        model: Hidden size, dropout, norm epsilon.
+        memory: Everything else.
+        table_index: 0-based number of this memory layer in the model; seeds its permutation
+            and rows.
+    """
+
+    def __init__(self, model: ModelConfig, memory: MemoryConfig, table_index: int = 0) -> None:
+        super().__init__()
+        self.num_rows = memory.num_rows
+        self.retrieval = Retrieval(model, memory)
+        self.shuffle = build_shuffle(memory, table_index)
+        self.values = ValueTable(memory.num_rows, memory.value_dim, table_index)
+        self.lookup: Lookup = LocalLookup(self.values, memory.expansion, memory.kernel)
+        self.value_proj: nn.Module = nn.Identity()
+        if memory.value_proj:
+            width = memory.expansion * memory.value_dim
+            self.value_proj = nn.Linear(width, model.hidden_size, bias=False)
+            tag(self.value_proj.weight, role="matrix", init="memory_value_proj")
+        self.dropout = nn.Dropout(model.dropout)
+
+    def mark_stale(self) -> None:
+        """Call after every optimizer step and load: derived state (u, v) is then recomputed."""
+        self.retrieval.mark_stale()
+
+    def start(
+        self,
+        x_BSD: Tensor,
+        doc_starts_BS: Tensor | None = None,
+        conv_state: Tensor | None = None,
+    ) -> PendingMemory:
+        """Retrieve and begin the lookup.
+
+        Args:
+            x_BSD: Input of block a's MLP, after its pre-norm.
+            doc_starts_BS: True at the first token of each document, or None for one document.
+            conv_state: For decoding, ``PendingMemory.conv_state`` of the tokens before these.
+
+        Returns:
+            What ``finish`` needs; also carries ``aux_loss`` and the new ``conv_state``.
+        """
+        selection: Selection = self.retrieval(x_BSD, doc_starts_BS, conv_state)
+        rows_TK, projectors_TK = split_slots(self.shuffle(selection.slots_TK), self.num_rows)
+        lookup = self.lookup.start(rows_TK, projectors_TK, selection.scores_TKh)
+        return PendingMemory(lookup, selection, rows_TK, x_BSD.shape)
+
+    def finish(self, pending: PendingMemory) -> Tensor:
+        """Wait and project: the (B, S, D) output to add to the residual stream, after dropout."""
+        pooled_TX = pending.lookup.wait().flatten(1)
+        return self.dropout(self.value_proj(pooled_TX).view(pending.shape))

@@ -1,0 +1,28 @@
+"""Auxiliary loss on the Tucker core (paper eq. 11-12)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+# H heads, r Tucker rank.
+
+
+def tucker_aux_loss(core_Hrr: Tensor, weight: float, margin: float) -> Tensor:
+    """Penalise the non-leading singular values that exceed a margin, mean over heads.
+
+    ``weight / (r - 1) * sum_{i >= 2} max(0, sigma_i - margin)^2`` per head.
+
+    Args:
+        core_Hrr: Sum of the cores per head, fp32 or fp64.
+        weight: alpha of eq. 12.
+        margin: tau of eq. 12.
+
+    Returns:
+        0-dim loss with its graph attached; 0 for r = 1.
+    """
+    rank = core_Hrr.shape[-1]
+    if rank == 1:
+        return core_Hrr.new_zeros(())
+    excess = (torch.linalg.svdvals(core_Hrr)[:, 1:] - margin).clamp(min=0.0)
+    return weight / (rank - 1) * excess.square().sum(-1).mean()

@@ -1,0 +1,124 @@
+"""Queries: causal depthwise convolution, linear projection in one of three layouts, normalisation."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from ultramem_ds.config.schema import MemoryConfig, ModelConfig
+from ultramem_ds.model.roles import tag
+
+# B sequences, S sequence length, T = B*S tokens, D hidden, H heads, r Tucker rank, d kdim.
+
+
+def qk_norm(memory: MemoryConfig, eps: float, init: str) -> nn.Module:
+    """Normalisation over kdim with one weight vector and no bias, or none."""
+    if memory.qk_norm == "none":
+        return nn.Identity()
+    norm: nn.Module
+    if memory.qk_norm == "layernorm":
+        norm = nn.LayerNorm(memory.kdim, eps=eps, bias=False)
+    else:
+        norm = nn.RMSNorm(memory.kdim, eps=eps)
+    tag(norm.weight, role="norm", init=init)
+    return norm
+
+
+class CausalConv(nn.Module):
+    """Causal depthwise convolution over the sequence (paper section 3.2, trick 4).
+
+    Token s sees the inputs of tokens s-k+1..s. The inputs of the last k-1 tokens are the decoding
+    state: (B, k-1, D), zeros before the first token.
+    """
+
+    def __init__(self, hidden_size: int, kernel_size: int) -> None:
+        super().__init__()
+        self.kernel_size = kernel_size
+        self.weight = nn.Parameter(torch.empty(kernel_size, hidden_size))  # last tap = this token
+        tag(self.weight, role="matrix", init="memory_conv")
+
+    def forward(
+        self, x_BSD: Tensor, doc_starts_BS: Tensor | None, state_BCD: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """Convolve.
+
+        Args:
+            x_BSD: Inputs.
+            doc_starts_BS: True at the first token of a document; taps do not cross it.
+            state_BCD: The k-1 inputs before ``x_BSD``; None at the start of a sequence.
+
+        Returns:
+            The convolved inputs (B, S, D) and the state after them (B, k-1, D).
+        """
+        batch, seq_len, hidden = x_BSD.shape
+        reach = self.kernel_size - 1
+        if state_BCD is None:
+            state_BCD = x_BSD.new_zeros(batch, reach, hidden)
+        padded = torch.cat([state_BCD, x_BSD], dim=1)
+        out_BSD = x_BSD * self.weight[reach]
+        if doc_starts_BS is None:
+            for tap in range(reach):
+                out_BSD = out_BSD + padded[:, tap : tap + seq_len] * self.weight[tap]
+        else:
+            document_BS = doc_starts_BS.cumsum(1)
+            document = torch.cat([document_BS.new_zeros(batch, reach), document_BS], dim=1)
+            for tap in range(reach):
+                same_BS = document[:, tap : tap + seq_len] == document_BS
+                past_BSD = padded[:, tap : tap + seq_len] * same_BS[..., None]
+                out_BSD = out_BSD + past_BSD * self.weight[tap]
+        return out_BSD, padded[:, seq_len:]
+
+
+class NoConv(nn.Module):
+    """``memory.query_conv=0``: passes inputs through, keeps no state."""
+
+    def forward(
+        self, x_BSD: Tensor, doc_starts_BS: Tensor | None, state_BCD: Tensor | None
+    ) -> tuple[Tensor, None]:
+        """Return the inputs and no state."""
+        return x_BSD, None
+
+
+# Distinct queries of one token, by layout: s side (row, column), h head, r Tucker rank.
+LAYOUTS = {"shared": "s", "per-head": "hs", "per-head-shared-sides": "hr"}
+
+
+class QueryEncoder(nn.Module):
+    """Hidden states -> normalised queries, one per (token, ``LAYOUTS`` dimension).
+
+    Layouts (DESIGN 3.2): ``shared`` D -> 2*d, first d for rows, second for columns, used by all
+    heads and ranks; ``per-head`` D -> H*2*d; ``per-head-shared-sides`` D -> H*r*d, one query for
+    both sides, split over the ranks as in eq. 4.
+    """
+
+    def __init__(self, model: ModelConfig, memory: MemoryConfig) -> None:
+        super().__init__()
+        sizes = {"s": 2, "h": memory.num_heads, "r": memory.tucker_rank}
+        self.group_sizes = tuple(sizes[letter] for letter in LAYOUTS[memory.query])
+        self.kdim = memory.kdim
+        self.conv = (
+            CausalConv(model.hidden_size, memory.query_conv) if memory.query_conv else NoConv()
+        )
+        width = math.prod(self.group_sizes) * memory.kdim
+        self.proj = nn.Linear(model.hidden_size, width, bias=False)
+        tag(self.proj.weight, role="matrix", init="memory_query")
+        self.norm = qk_norm(memory, model.norm_eps, init="memory_query_norm")
+
+    def forward(
+        self, x_BSD: Tensor, doc_starts_BS: Tensor | None, conv_state: Tensor | None
+    ) -> tuple[Tensor, Tensor | None]:
+        """Encode.
+
+        Args:
+            x_BSD: Hidden states.
+            doc_starts_BS: See ``CausalConv``.
+            conv_state: See ``CausalConv``.
+
+        Returns:
+            Queries (T, 2, d), (T, H, 2, d) or (T, H, r, d) by layout, and the new state.
+        """
+        x_BSD, conv_state = self.conv(x_BSD, doc_starts_BS, conv_state)
+        queries = self.proj(x_BSD).view(-1, *self.group_sizes, self.kdim)
+        return self.norm(queries), conv_state

@@ -1,0 +1,107 @@
+"""Tucker form of the grid scores, with multi-core scoring (paper eq. 5-10 and 16).
+
+score_i(row, col) = S_row^T C_i S_col for each of the h cores; their sum, the form of C = sum C_i,
+decides the selection. Candidates are the top of S_row.u and S_col.v, with u, v the leading singular
+vectors of C (eq. 6-9).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from ultramem_ds.config.schema import MemoryConfig
+from ultramem_ds.model.roles import tag
+from ultramem_ds.model.memory.losses import tucker_aux_loss
+
+# T tokens, H heads, r Tucker rank, h cores, m pairs, c candidates per side.
+
+
+@dataclass(frozen=True)
+class TuckerForm:
+    """The cores of one forward pass; plain tensors, so usable outside the module's forward."""
+
+    core_hHrr: Tensor  # differentiable
+    directions_2Hr: Tensor  # u and v, no gradient
+    aux_loss: Tensor | float  # eq. 12, 0-dim; 0 outside training
+
+    def candidate_scores(self, scores_2THnr: Tensor) -> Tensor:
+        """Rank-1 scores S_row.u and S_col.v, (2, T, H, n); for selection only."""
+        directions = self.directions_2Hr.to(scores_2THnr.dtype)[:, None, :, None, :]
+        return (scores_2THnr * directions).sum(-1)
+
+    def grid(self, row_THcr: Tensor, col_THcr: Tensor) -> Tensor:
+        """Total scores of all pairs of candidates, (T, H, c, c); for selection only."""
+        core_Hrr = self.core_hHrr.sum(0)
+        return (row_THcr @ core_Hrr) @ col_THcr.transpose(-1, -2)
+
+    def pair_scores(self, row_THmr: Tensor, col_THmr: Tensor) -> Tensor:
+        """Scores of matched pairs for every core, (T, H, m, h)."""
+        return torch.einsum("thma,chab,thmb->thmc", row_THmr, self.core_hHrr, col_THmr)
+
+
+class TuckerCore(nn.Module):
+    """Owns the h cores per head and the leading singular vectors of their sum.
+
+    The vectors are recomputed inside ``forward`` whenever they are stale: at the first forward,
+    after ``mark_stale`` (called once per optimizer step) and after a load. The SVD is done in
+    float64 on the CPU, so that every rank gets the same bits; the joint sign of (u, v), which
+    chooses the quadrant that the candidate search sees, continues the previous one, or makes
+    the largest entry of (u, v) positive where there is none.
+    """
+
+    directions: Tensor
+
+    def __init__(self, memory: MemoryConfig) -> None:
+        super().__init__()
+        heads, rank = memory.num_heads, memory.tucker_rank
+        self.core = nn.Parameter(torch.empty(memory.num_cores, heads, rank, rank))
+        tag(self.core, role="core", init="memory_core")
+        # Rows u and v per head; all zero = never computed.
+        self.register_buffer("directions", torch.zeros(2, heads, rank))
+        self.weight = memory.aux_loss_weight
+        self.margin = memory.aux_loss_margin
+        self.stale = True
+        self.register_load_state_dict_post_hook(lambda module, _: module.mark_stale())
+
+    def mark_stale(self) -> None:
+        """The cores changed: recompute the singular vectors at the next forward."""
+        self.stale = True
+
+    def forward(self) -> TuckerForm:
+        """Bind the current cores (fp32 at least), refreshing the singular vectors if stale."""
+        # A copy: under ZeRO-3 the parameter itself is released when this forward returns.
+        core_hHrr = self.core.clone()
+        core_hHrr = core_hHrr.to(torch.promote_types(core_hHrr.dtype, torch.float32))
+        total_Hrr = core_hHrr.sum(0)
+        if self.stale:
+            previous = self.directions.double().cpu()
+            fresh = leading_singular_vectors(total_Hrr.detach().double().cpu(), previous)
+            self.directions = fresh.to(total_Hrr.device, total_Hrr.dtype)
+            self.stale = False
+        aux_loss: Tensor | float = 0.0
+        if self.training:
+            aux_loss = tucker_aux_loss(total_Hrr, self.weight, self.margin)
+        return TuckerForm(core_hHrr, self.directions, aux_loss)
+
+
+def leading_singular_vectors(core_Hrr: Tensor, previous_2Hr: Tensor) -> Tensor:
+    """Leading left and right singular vectors per head, sign kept continuous.
+
+    Args:
+        core_Hrr: Matrices.
+        previous_2Hr: Vectors whose joint sign is continued; zeros where there are none.
+
+    Returns:
+        (2, H, r): u, then v, of unit length.
+    """
+    left, _, right_t = torch.linalg.svd(core_Hrr)
+    pair_2Hr = torch.stack([left[:, :, 0], right_t[:, 0, :]])
+    by_head_Hx = pair_2Hr.transpose(0, 1).flatten(1)
+    continuity_H = (pair_2Hr * previous_2Hr).sum((0, 2))
+    largest_H = by_head_Hx.gather(1, by_head_Hx.abs().argmax(1, keepdim=True))[:, 0]
+    reference_H = torch.where(continuity_H == 0, largest_H, continuity_H)
+    sign_H = torch.where(reference_H < 0, -1.0, 1.0).to(pair_2Hr.dtype)
+    return pair_2Hr * sign_H[None, :, None]
