@@ -14,10 +14,11 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ultramem_ds.config.schema import Config
-from ultramem_ds.model.memory.layer import ConvState, MemoryLayer, PendingMemory
+from ultramem_ds.model.memory.layer import MemoryLayer, PendingMemory
 from ultramem_ds.model.memory.lookup import ValueTable
 from ultramem_ds.model.moe import MixtureOfExperts
 from ultramem_ds.model.placement import Placement
+from ultramem_ds.model.roles import tag
 from ultramem_ds.model.transformer import (
     AttentionContext,
     Block,
@@ -34,7 +35,7 @@ class DecodeState(Protocol):
 
     length: int  # positions already seen
     kv: list[KVSlot]  # one per block
-    conv: list[ConvState]  # one per memory layer
+    conv: list[Tensor | None]  # one per memory layer: its last kernel - 1 inputs
 
     def mask(self, num_new: int) -> Tensor | None:
         """Attention mask of ``num_new`` further positions, or None for plain causal."""
@@ -73,7 +74,7 @@ class LanguageModel(nn.Module):
             lambda i: ValueTable(memory.num_rows, memory.value_dim, table_index=i)
         )
         self.embedding = nn.Embedding(model.vocab_size, model.hidden_size)
-        self.embedding.weight.role = "embedding"  # type: ignore[assignment]
+        tag(self.embedding.weight, role="embedding", init="embedding")
         self.dropout = nn.Dropout(model.dropout)
         self.blocks = nn.ModuleList(Block(model, make_mlp(i)) for i in range(model.num_layers))
         spans = memory.spans if config.has_memory else ()
@@ -83,7 +84,6 @@ class LanguageModel(nn.Module):
         self.placement = Placement.from_spans(spans, model.num_layers)
         self.final_norm = make_norm(model.norm, model.hidden_size, model.norm_eps)
         self.head = make_linear(model.hidden_size, model.vocab_size)
-        self.head.weight.role = "embedding"  # type: ignore[assignment]
 
     def hidden(
         self,
@@ -133,9 +133,11 @@ class LanguageModel(nn.Module):
             for j in self.placement.starts[i]:
                 conv = None if state is None else state.conv[j]
                 pending[j] = self.memories[j].start(out.mlp_input_BSD, doc_starts_BS, conv)
+                if state is not None:
+                    state.conv[j] = pending[j].conv_state
                 aux.append(pending[j].aux_loss)
             for j in self.placement.finishes[i]:
-                x_BSD = x_BSD + self.dropout(self.memories[j].finish(pending.pop(j)))
+                x_BSD = x_BSD + self.memories[j].finish(pending.pop(j))
         return self.final_norm(x_BSD), balance, counts, aux
 
     def logits(self, tokens_BS: Tensor, state: DecodeState | None = None) -> Tensor:
@@ -163,7 +165,7 @@ class LanguageModel(nn.Module):
         config = self.config
         return LossTerms(
             loss=loss,
-            aux_loss=config.memory.aux_loss_weight * torch.stack(aux).sum() if aux else zero,
+            aux_loss=torch.stack(aux).sum() if aux else zero,
             balance_loss=(
                 config.moe.balance_loss_weight * torch.stack(balance).sum() if balance else zero
             ),

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ultramem_ds.config.schema import ModelConfig
+from ultramem_ds.model.roles import tag
 
 
 class KVSlot(Protocol):
@@ -76,14 +77,14 @@ def make_norm(kind: Literal["layernorm", "rmsnorm"], width: int, eps: float) -> 
         norm = nn.LayerNorm(width, eps=eps, bias=False)
     else:
         norm = nn.RMSNorm(width, eps=eps)
-    norm.weight.role = "norm"  # type: ignore[union-attr]
+    tag(norm.weight, role="norm", init="norm")
     return norm
 
 
-def make_linear(in_features: int, out_features: int) -> nn.Linear:
-    """A linear map without bias, tagged as role ``matrix``."""
+def make_linear(in_features: int, out_features: int, init: str = "matrix") -> nn.Linear:
+    """A linear map without bias, of role ``matrix``, filled as line ``init`` of ``model/init.py``."""
     linear = nn.Linear(in_features, out_features, bias=False)
-    linear.weight.role = "matrix"  # type: ignore[union-attr]
+    tag(linear.weight, role="matrix", init=init)
     return linear
 
 
@@ -95,7 +96,7 @@ class Attention(nn.Module):
         self.num_heads = config.num_heads
         self.dropout = config.dropout
         self.qkv_proj = make_linear(config.hidden_size, 3 * config.hidden_size)
-        self.out_proj = make_linear(config.hidden_size, config.hidden_size)
+        self.out_proj = make_linear(config.hidden_size, config.hidden_size, init="residual")
 
     def forward(self, x_BSD: Tensor, context: AttentionContext, kv: KVSlot | None = None) -> Tensor:
         """Attend causally; ``(B, S, D)`` to ``(B, S, D)``."""
@@ -122,7 +123,7 @@ class FeedForward(nn.Module):
     def __init__(self, hidden_size: int, inner_size: int) -> None:
         super().__init__()
         self.up_proj = make_linear(hidden_size, inner_size)
-        self.down_proj = make_linear(inner_size, hidden_size)
+        self.down_proj = make_linear(inner_size, hidden_size, init="residual")
 
     def forward(self, x: Tensor) -> Tensor:
         """Apply the two maps."""

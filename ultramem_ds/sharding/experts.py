@@ -9,6 +9,7 @@ import sys
 from torch import Tensor, nn
 
 from ultramem_ds.config.schema import Config
+from ultramem_ds.model.roles import tag
 from ultramem_ds.model.transformer import FeedForward, MLPOutput
 from ultramem_ds.sharding.deepspeed_import import deepspeed
 
@@ -55,8 +56,11 @@ class ExpertParallelMLP(nn.Module):
                 use_rts=moe.use_rts,
                 top2_2nd_expert_sampling=moe.top2_2nd_expert_sampling,
             )
-        for param in self.moe.parameters():
-            param.role = "matrix"
+        tag(self.moe.deepspeed_moe.gate.wg.weight, role="matrix", init="matrix")
+        for expert in self.moe.deepspeed_moe.experts.deepspeed_experts:
+            # DeepSpeed's deep copies of the expert lose the tags of its parameters.
+            tag(expert.up_proj.weight, role="matrix", init="matrix")
+            tag(expert.down_proj.weight, role="matrix", init="residual")
 
     def forward(self, x_BSD: Tensor) -> MLPOutput:
         """Route, exchange tokens with the experts' ranks, and combine."""

@@ -49,16 +49,15 @@ class MemoryLayer(nn.Module):
     Args:
         model: Hidden size, dropout, norm epsilon.
         memory: Everything else.
-        table_index: 0-based number of this memory layer in the model; seeds its permutation
-            and rows.
+        table: Holds the values: the whole table, or a stand-in that sharding fills with its rows.
     """
 
-    def __init__(self, model: ModelConfig, memory: MemoryConfig, table_index: int = 0) -> None:
+    def __init__(self, model: ModelConfig, memory: MemoryConfig, table: ValueTable) -> None:
         super().__init__()
         self.num_rows = memory.num_rows
         self.retrieval = Retrieval(model, memory)
-        self.shuffle = build_shuffle(memory, table_index)
-        self.values = ValueTable(memory.num_rows, memory.value_dim, table_index)
+        self.shuffle = build_shuffle(memory, table.index)
+        self.values = table
         self.lookup: Lookup = LocalLookup(self.values, memory.expansion, memory.kernel)
         self.value_proj: nn.Module = nn.Identity()
         if memory.value_proj:

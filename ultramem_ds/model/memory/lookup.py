@@ -41,10 +41,18 @@ class Lookup(Protocol):
 
 
 class ValueTable(nn.Module):
-    """Owns ``weight`` (N, V). Never called: ZeRO-3 gathers the parameters of modules that are."""
+    """Owns ``weight`` (N, V). Never called: ZeRO-3 gathers the parameters of modules that are.
+
+    Args:
+        num_rows: N.
+        value_dim: V.
+        table_index: 0-based number of this memory layer in the model; seeds its permutation
+            and rows.
+    """
 
     def __init__(self, num_rows: int, value_dim: int, table_index: int) -> None:
         super().__init__()
+        self.index = table_index
         self.weight = nn.Parameter(torch.empty(num_rows, value_dim))
         self.weight.table_index = table_index  # type: ignore[attr-defined]
         tag(self.weight, role="table", init="table")
