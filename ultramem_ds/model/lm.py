@@ -88,19 +88,17 @@ class LanguageModel(nn.Module):
     def hidden(
         self,
         tokens_BS: Tensor,
-        doc_starts_BS: Tensor | None = None,
+        doc_begins_BS: Tensor | None = None,
         positions_BS: Tensor | None = None,
-        mask_BSS: Tensor | None = None,
         state: DecodeState | None = None,
     ) -> tuple[Tensor, list[Tensor], list[Tensor], list[Tensor]]:
         """Run embedding, blocks and memory layers.
 
         Args:
             tokens_BS: token ids, int64.
-            doc_starts_BS: True at the first token of a document: the memory's query convolution
-                stops there; None ignores documents.
+            doc_begins_BS: index of the first token of each position's document, int64: attention
+                and the memory's query convolution stay inside it; None ignores documents.
             positions_BS: rotary positions; None counts from the start of the sequence.
-            mask_BSS: attention mask, None for plain causal.
             state: carries decoding from call to call.
 
         Returns:
@@ -112,8 +110,13 @@ class LanguageModel(nn.Module):
         if positions_BS is None:
             begin = 0 if state is None else state.length
             positions_BS = torch.arange(begin, begin + S, device=tokens_BS.device).unsqueeze(0)
-        if state is not None:
-            mask_BSS = state.mask(S)
+        mask_BSS = None if state is None else state.mask(S)
+        doc_starts_BS = None
+        if doc_begins_BS is not None:
+            index_S = torch.arange(S, device=tokens_BS.device)
+            doc_starts_BS = doc_begins_BS == index_S
+            same_BSS = doc_begins_BS.unsqueeze(2) == doc_begins_BS.unsqueeze(1)
+            mask_BSS = (same_BSS & (index_S <= index_S.unsqueeze(1))).unsqueeze(1)
         x_BSD = self.dropout(self.embedding(tokens_BS))
         cos_BSK, sin_BSK = rotary_tables(positions_BS, model.head_dim, model.rope_theta, x_BSD.dtype)
         context = AttentionContext(cos_BSK, sin_BSK, mask_BSS)
@@ -147,9 +150,8 @@ class LanguageModel(nn.Module):
     def forward(
         self,
         tokens_BS1: Tensor,
-        doc_starts_BS: Tensor | None = None,
+        doc_begins_BS: Tensor | None = None,
         positions_BS: Tensor | None = None,
-        mask_BSS: Tensor | None = None,
         vocab_limit: int | None = None,
     ) -> LossTerms:
         """Next-token losses of ``(B, S + 1)`` token ids; see :meth:`hidden` for the rest.
@@ -158,7 +160,7 @@ class LanguageModel(nn.Module):
         them in.
         """
         inputs_BS, targets_BS = tokens_BS1[:, :-1], tokens_BS1[:, 1:]
-        x_BSD, balance, counts, aux = self.hidden(inputs_BS, doc_starts_BS, positions_BS, mask_BSS)
+        x_BSD, balance, counts, aux = self.hidden(inputs_BS, doc_begins_BS, positions_BS)
         logits_BSW = self.head(x_BSD)
         loss = F.cross_entropy(logits_BSW[..., :vocab_limit].float().flatten(0, 1), targets_BS.reshape(-1))
         zero = loss.new_zeros(())

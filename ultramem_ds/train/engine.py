@@ -14,11 +14,12 @@ import torch
 from torch import Tensor
 
 from ultramem_ds.config.deepspeed import BatchPlan, engine_config, zero_stage
+from ultramem_ds.config.load import to_dict
 from ultramem_ds.config.schema import Config
 from ultramem_ds.data.loader import MicroBatch
 from ultramem_ds.model.lm import LanguageModel
 from ultramem_ds.optim.param_groups import SCHEDULES
-from ultramem_ds.sharding import comm
+from ultramem_ds.sharding.comm import Comm
 from ultramem_ds.sharding.parallelize import parallelize
 from ultramem_ds.sharding.runtime import Ranks
 from ultramem_ds.train import checkpoint as checkpoints
@@ -67,6 +68,7 @@ class TrainEngine:
         # Dropout differs from rank to rank, parameters do not depend on it.
         torch.manual_seed(config.train.seed * 1_000_003 + ranks.rank)
         parallel = parallelize(config, ranks, engine_config(deepspeed_json, config, batches))
+        self.comm = Comm()
         self.engine = parallel.engine
         self.tables = parallel.tables
         self.partition = parallel.partition
@@ -97,7 +99,7 @@ class TrainEngine:
             self.engine.step()
         self.model.mark_stale()
         assert counts is not None
-        packed = comm.all_reduce_sum(torch.cat([sums, counts.flatten()]))
+        packed = self.comm.all_reduce_(torch.cat([sums, counts.flatten()]))
         loss, aux, balance = (
             packed[:3] / (self.ranks.world_size * self.batches.accumulation_steps)
         ).tolist()
@@ -114,7 +116,7 @@ class TrainEngine:
         )
 
     def _inputs(self, batch: MicroBatch) -> tuple[Tensor | None, ...]:
-        tensors = (batch.tokens, batch.doc_starts, batch.positions, batch.mask)
+        tensors = (batch.tokens, batch.doc_starts, batch.positions)
         return tuple(t if t is None else t.to(self.ranks.device, non_blocking=True) for t in tensors)
 
     def _set_learning_rates(self, step: int) -> dict[str, float]:
@@ -134,10 +136,8 @@ class TrainEngine:
         with contextlib.redirect_stdout(sys.stderr):
             self.engine.save_checkpoint(str(directory), tag=tag, save_latest=False)
         _save_rng(directory / tag, self.ranks)
-        comm.barrier()
+        self.comm.barrier()
         if self.ranks.is_main:
-            from ultramem_ds.config.load import to_dict
-
             checkpoints.publish(
                 run_dir,
                 checkpoints.TrainerState(
@@ -151,7 +151,7 @@ class TrainEngine:
                 ),
                 self.config.train.keep_last,
             )
-        comm.barrier()
+        self.comm.barrier()
 
     def load(self, checkpoint: Path) -> checkpoints.TrainerState:
         """Restore parameters, optimizer state and random-number states.

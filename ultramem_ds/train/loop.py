@@ -25,7 +25,7 @@ from ultramem_ds.data.loader import BatchLoader
 from ultramem_ds.data.manifest import load_manifest
 from ultramem_ds.data.mixture import Mixture
 from ultramem_ds.data.tokenizers import load_tokenizer
-from ultramem_ds.sharding import comm
+from ultramem_ds.sharding.comm import Comm
 from ultramem_ds.sharding.experts import expert_parallel_size
 from ultramem_ds.sharding.runtime import Ranks, runtime
 from ultramem_ds.train import checkpoint as checkpoints
@@ -149,7 +149,7 @@ def train(run: Run) -> dict[str, Any]:
     with runtime() as ranks:
         if ranks.is_main:
             _prepare_run_dir(run)
-        comm.barrier()
+        Comm().barrier()
         mixture = Mixture(
             run.data_dir,
             "train",
@@ -300,7 +300,7 @@ class _Loop:
             self.run.batches.micro_batch_size,
             self.config.train.eval_sequences,
             Reader(
-                self.ranks.rank, self.ranks.world_size, self.ranks.device, comm.all_reduce_sum
+                self.ranks.rank, self.ranks.world_size, self.ranks.device, self.engine.comm.all_reduce_
             ),
         )
 
@@ -314,7 +314,7 @@ class _Loop:
             "world_size": self.ranks.world_size,
             "val_loss": self.val_loss,
             "tokens_per_s": self.tokens_per_step / steady[len(steady) // 2],
-            "peak_memory_bytes": int(comm.all_reduce_max(peak)),
+            "peak_memory_bytes": int(self.engine.comm.all_reduce_max_(peak)),
         }
         if self.ranks.is_main:
             write_json(self.run.run_dir / "summary.json", summary)

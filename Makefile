@@ -1,0 +1,80 @@
+# One obvious command per need; `make help` lists them.
+VENV ?= .venv
+PYTHON ?= python3
+PY := $(VENV)/bin/python
+CONSTRAINTS ?= constraints.txt
+# Left over from a CUDA index? `make install CONSTRAINTS= PIP_ARGS="--index-url URL"` (README, "CUDA").
+PIP_ARGS ?=
+
+PRESET ?= ultramem-debug
+DATA ?= runs/demo/data
+RUN_DIR ?= runs/$(PRESET)
+NPROC ?=
+DS ?=
+ARGS ?=
+CHECKPOINT ?= runs/demo/ultramem-debug
+PROMPT ?= def main(
+INPUT ?=
+OUTPUT ?= runs/data
+TOKENIZER ?= runs/demo/tokenizer.json
+LOGDIR ?= runs
+
+.PHONY: help install demo clean-demo test lint format check train prepare tensorboard evaluate generate bench clean
+.DEFAULT_GOAL := help
+
+help: ## list the targets
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  \1\t\2/' | expand -t 16
+
+$(VENV)/.installed: setup.cfg pyproject.toml $(wildcard $(CONSTRAINTS))
+	test -x $(PY) || $(PYTHON) -m venv $(VENV)
+	# torch first, so that nothing else picks another build of it
+	$(PY) -m pip install --quiet $(PIP_ARGS) $(if $(CONSTRAINTS),-c $(CONSTRAINTS)) torch
+	$(PY) -m pip install --quiet $(PIP_ARGS) $(if $(CONSTRAINTS),-c $(CONSTRAINTS)) -e '.[dev]'
+	touch $@
+
+install: $(VENV)/.installed ## make .venv with everything that demo and test need
+
+demo: install ## write a corpus, train dense, MoE and UltraMem on it with 2 ranks, compare them
+	$(PY) -m ultramem_ds.demo
+
+clean-demo: ## forget the demo: corpus, data, runs
+	rm -rf runs/demo
+
+test: install ## run the tests
+	$(PY) -m pytest
+
+lint: install ## ruff, mypy and the collectives check
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+	$(PY) -m mypy
+	$(PY) scripts/check_collectives.py
+
+format: install ## let ruff rewrite what it can
+	$(PY) -m ruff check --fix .
+	$(PY) -m ruff format .
+
+check: lint test ## what CI runs
+
+train: install ## train PRESET on DATA: PRESET=ultramem-debug DATA=DIR NPROC=2 DS=FILE RUN_DIR=DIR ARGS="train.max_steps=10"
+	PYTHON=$(PY) NPROC=$(NPROC) launch/one_node.sh train --preset $(PRESET) --data $(DATA) \
+	  --run-dir $(RUN_DIR) $(if $(DS),--deepspeed $(DS)) $(ARGS)
+
+prepare: install ## tokenize INPUT into OUTPUT: INPUT=PATH OUTPUT=DIR TOKENIZER=FILE
+	@test -n "$(INPUT)" || { echo 'usage: make prepare INPUT=PATH OUTPUT=DIR TOKENIZER=FILE'; exit 2; }
+	$(PY) -m ultramem_ds prepare --input $(INPUT) --output $(OUTPUT) --tokenizer $(TOKENIZER) $(ARGS)
+
+tensorboard: install ## open TensorBoard on LOGDIR
+	$(PY) -m tensorboard.main --logdir $(LOGDIR)
+
+evaluate: install ## evaluate CHECKPOINT on DATA
+	$(PY) -m ultramem_ds evaluate --checkpoint $(CHECKPOINT) --data $(DATA) $(ARGS)
+
+generate: install ## continue PROMPT with CHECKPOINT
+	$(PY) -m ultramem_ds generate --checkpoint $(CHECKPOINT) --prompt '$(PROMPT)' $(ARGS)
+
+bench: install ## benchmarks of lookups and communication, side by side
+	$(PY) -m ultramem_ds bench lookup $(ARGS)
+
+clean: ## remove caches and builds; keeps .venv and runs
+	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +

@@ -1,0 +1,141 @@
+"""``make demo``: corpus, tokenizer, data, three models on two ranks, one table.
+
+Every stage is skipped when its result is there, and an interrupted training resumes.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from ultramem_ds.config.load import load_config
+from ultramem_ds.demo.corpus import write_corpus
+from ultramem_ds.model.accounting import account
+from ultramem_ds.report import markdown_table, plot_losses, read_run
+from ultramem_ds.utils.files import write_json
+
+ROOT = Path("runs/demo")
+PRESETS = ("dense-debug", "moe-debug", "ultramem-debug")
+NUM_RANKS = 2
+OVERRIDES = ("train.max_steps=200", "train.eval_every=100", "train.save_every=100")
+LAUNCHER = Path(__file__).resolve().parents[2] / "launch" / "one_node.sh"
+
+
+def _run(command: list[str]) -> None:
+    environment = {**os.environ, "NPROC": str(NUM_RANKS), "PYTHON": sys.executable}
+    code = subprocess.run(command, env=environment).returncode
+    if code:
+        raise SystemExit(f"demo: {' '.join(command)} failed with exit code {code}")
+
+
+def _stage(title: str) -> None:
+    print(f"\n== {title}", flush=True)
+
+
+def prepare_data() -> Path:
+    """Corpus, tokenizer, tokenized data; returns the prepared directory."""
+    corpus, tokenizer, data = ROOT / "corpus", ROOT / "tokenizer.json", ROOT / "data"
+    if not (corpus / "docs" / "docs.jsonl").exists():
+        _stage("writing a corpus: the Python standard library's sources and documentation")
+        for subset, size in write_corpus(corpus).items():
+            print(f"{subset}: {size / 1e6:.1f} MB of text")
+    verb = [sys.executable, "-m", "ultramem_ds"]
+    vocab_size = load_config("ultramem-debug").model.vocab_size
+    if not tokenizer.exists():
+        _stage(f"training a byte-level BPE tokenizer with {vocab_size} entries")
+        _run(
+            [*verb, "train-tokenizer", "--input", str(corpus), "--output", str(tokenizer)]
+            + ["--vocab-size", str(vocab_size)]
+        )
+    _stage("tokenizing")
+    _run(
+        [*verb, "prepare", "--input", str(corpus), "--output", str(data)]
+        + ["--tokenizer", str(tokenizer), "--workers", str(NUM_RANKS)]
+    )
+    return data
+
+
+def unigram_entropy(data: Path, vocab_size: int) -> float:
+    """Cross-entropy of the validation tokens under the training tokens' frequencies, nats."""
+    import numpy as np
+
+    from ultramem_ds.data.indexed import IndexedDataset
+
+    counts = {}
+    for split, directory in (("train", data), ("validation", data / "validation")):
+        total = np.zeros(vocab_size, dtype=np.int64)
+        for prefix in sorted(directory.glob("*.idx")):
+            total += np.bincount(IndexedDataset(prefix.with_suffix("")).tokens, minlength=vocab_size)
+        counts[split] = total
+    model = (counts["train"] + 1) / (counts["train"] + 1).sum()
+    return float(-(counts["validation"] * np.log(model)).sum() / counts["validation"].sum())
+
+
+def summarise(presets: tuple[str, ...]) -> list[dict[str, Any]]:
+    """One record per run, as in ``summary.json``."""
+    records = []
+    for name in presets:
+        summary = json.loads((ROOT / name / "summary.json").read_text())
+        counted = account(load_config(name, OVERRIDES))
+        records.append(
+            {
+                "preset": name,
+                "zero_stage": summary["zero_stage"],
+                "world_size": summary["world_size"],
+                "params": counted.params,
+                "flops_per_token": counted.flops_per_token,
+                "val_loss": summary["val_loss"],
+                "tokens_per_s": summary["tokens_per_s"],
+                "peak_memory_bytes": summary["peak_memory_bytes"],
+            }
+        )
+    return records
+
+
+def main() -> None:
+    """Run all stages and print the comparison."""
+    begin = time.perf_counter()
+    data = prepare_data()
+    for name in PRESETS:
+        _stage(f"training {name} on {NUM_RANKS} ranks")
+        _run(
+            ["bash", str(LAUNCHER), "train", "--preset", name, "--data", str(data)]
+            + ["--run-dir", str(ROOT / name), *OVERRIDES]
+        )
+    records = summarise(PRESETS)
+    write_json(ROOT / "summary.json", records)
+    plot_losses([read_run(ROOT / name) for name in PRESETS], ROOT / "losses.png")
+    entropy = unigram_entropy(data, load_config("ultramem-debug").model.vocab_size)
+    _stage("result")
+    header = ["preset", "ZeRO", "ranks", "parameters", "FLOPs/token", "val. loss", "tokens/s"]
+    rows = [
+        [
+            r["preset"],
+            str(r["zero_stage"]),
+            str(r["world_size"]),
+            f"{r['params'] / 1e6:.2f} M",
+            f"{r['flops_per_token'] / 1e6:.2f} M",
+            f"{r['val_loss']:.4f}",
+            f"{r['tokens_per_s']:,.0f}",
+            f"{r['peak_memory_bytes'] / 2**20:,.0f} MiB",
+        ]
+        for r in records
+    ]
+    print(markdown_table([*header, "peak memory/rank"], rows))
+    print(
+        f"unigram entropy of the validation text: {entropy:.4f} nats per token "
+        f"(a uniform guess: {math.log(load_config('ultramem-debug').model.vocab_size):.4f})"
+    )
+    print(f"summary: {ROOT / 'summary.json'}   curves: {ROOT / 'losses.png'}")
+    print(f"TensorBoard: make tensorboard LOGDIR={ROOT}")
+    print(f"took {time.perf_counter() - begin:.0f} s")
+
+
+if __name__ == "__main__":
+    main()
