@@ -1,0 +1,140 @@
+"""The one file that calls collectives; every byte that leaves a rank is counted here.
+
+``scripts/check_collectives.py`` (part of ``make lint``) proves the first half of that sentence.
+
+Known traps of gloo in torch 2.13, met by construction here: ``all_gather`` wants equal sizes,
+``reduce_scatter`` is an all-reduce inside (an all-to-all and a local sum is 2-3 times faster),
+and once ``_coalescing_manager`` has been entered collectives silently do nothing.
+
+Letters: P ranks of the group, M entries on the move.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any, Literal, TypeAlias
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+Category: TypeAlias = Literal["counts", "ids", "scores", "rows", "pooled", "gradients"]
+Direction: TypeAlias = Literal["forward", "backward"]
+
+
+class Comm:
+    """Collectives of one process group, differentiable where gradients must travel back.
+
+    All ranks of the group call the same methods in the same order, from one thread at a time.
+
+    Attributes:
+        group: the process group; None is the world.
+        rank: this process's place in the group.
+        world_size: P.
+        bytes_sent: bytes this rank sent to *others*, by (category, direction); the part of a
+            collective that a rank sends to itself does not count.
+    """
+
+    def __init__(self, group: dist.ProcessGroup | None = None) -> None:
+        self.group = group
+        self.rank = dist.get_rank(group)
+        self.world_size = dist.get_world_size(group)
+        self.bytes_sent: Counter[tuple[Category, Direction]] = Counter()
+
+    def global_rank(self, rank: int) -> int:
+        """The world's number of this group's ``rank``."""
+        group = self.group if self.group is not None else dist.group.WORLD
+        assert group is not None
+        return dist.get_global_rank(group, rank)
+
+    def exchange_counts(self, counts_PX: Tensor) -> Tensor:
+        """Row p of ``counts_PX`` (P, X) int64 goes to rank p; row p of the result is from p."""
+        received_PX = torch.empty_like(counts_PX)
+        dist.all_to_all_single(received_PX, counts_PX.contiguous(), group=self.group)
+        others = counts_PX.numel() // self.world_size * (self.world_size - 1)
+        self.bytes_sent["counts", "forward"] += others * counts_PX.element_size()
+        return received_PX
+
+    def all_to_all(
+        self, x: Tensor, send: Sequence[int], recv: Sequence[int], category: Category
+    ) -> Tensor:
+        """Sends ``send[p]`` leading entries of ``x`` to each rank p, in rank order.
+
+        Args:
+            x: (sum(send), ...), any dtype.
+            send: P numbers of entries.
+            recv: P numbers of entries that come from each rank.
+            category: what the bytes are counted as.
+
+        Returns:
+            (sum(recv), ...), in rank order; differentiable in ``x``.
+        """
+        received: Tensor = _AllToAll.apply(x, self, list(send), list(recv), category)
+        return received
+
+    def all_gather(self, x: Tensor, category: Category) -> Tensor:
+        """(M, ...) of the same shape on every rank -> (P, M, ...); differentiable in ``x``."""
+        gathered: Tensor = _AllGather.apply(x, self, category)
+        return gathered
+
+    def all_reduce_(self, x: Tensor) -> Tensor:
+        """Sums ``x`` over the group, in place (ring: 2 (P-1)/P of its bytes leave each rank)."""
+        if self.world_size > 1:
+            dist.all_reduce(x, group=self.group)
+        size = x.numel() * x.element_size()
+        self.bytes_sent["gradients", "backward"] += 2 * size * (self.world_size - 1) // (
+            self.world_size
+        )
+        return x
+
+    def transfer(
+        self,
+        x: Tensor,
+        send: list[int],
+        recv: list[int],
+        category: Category,
+        direction: Direction,
+    ) -> Tensor:
+        """The all-to-all itself, outside autograd."""
+        received = x.new_empty((sum(recv), *x.shape[1:]))
+        dist.all_to_all_single(received, x.contiguous(), recv, send, group=self.group)
+        entry_bytes = x[:1].numel() * x.element_size() if x.shape[0] else 0
+        others = sum(send) - send[self.rank]
+        self.bytes_sent[category, direction] += others * entry_bytes
+        return received
+
+
+class _AllToAll(torch.autograd.Function):
+    """Gradients of what was received go back to who sent it."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, comm: Comm, send: list[int], recv: list[int], category: Category
+    ) -> Tensor:
+        ctx.comm, ctx.send, ctx.recv, ctx.category = comm, send, recv, category
+        return comm.transfer(x, send, recv, category, "forward")
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        back = ctx.comm.transfer(grad, ctx.recv, ctx.send, ctx.category, "backward")
+        return back, None, None, None, None
+
+
+class _AllGather(torch.autograd.Function):
+    """Gradients go home by an all-to-all, where they are added in rank order."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, comm: Comm, category: Category) -> Tensor:
+        ctx.comm, ctx.category = comm, category
+        gathered = x.new_empty((comm.world_size, *x.shape))
+        dist.all_gather_into_tensor(gathered, x.contiguous(), group=comm.group)
+        others = comm.world_size - 1
+        comm.bytes_sent[category, "forward"] += others * x.numel() * x.element_size()
+        return gathered
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        splits = [1] * ctx.comm.world_size
+        partial = ctx.comm.transfer(grad, splits, splits, ctx.category, "backward")
+        return partial.sum(0), None, None  # half precision is added in fp32 inside

@@ -1,0 +1,55 @@
+"""The piece of one value table that this rank holds, and the gradient that gathers on it.
+
+Letters: R rows on this rank, V value columns on this rank.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from ultramem_ds.sharding.table_plan import ShardLayout, TableSpec
+
+
+class TableShard:
+    """One rank's block of a table: values read where they live, gradient summed in fp32.
+
+    The values belong to somebody else (under ZeRO-3 to ``param.ds_tensor``, which may move), so
+    they are asked for on every use. The gradient is the *sum* over the tokens of all ranks that
+    share this copy of the table and over all backward passes since ``zero_grad``; whoever
+    publishes it to an optimizer scales it.
+
+    Args:
+        spec: the whole table.
+        layout: which block of it this is.
+        read: returns this rank's values, any shape with layout.shape's number of elements.
+    """
+
+    def __init__(self, spec: TableSpec, layout: ShardLayout, read: Callable[[], Tensor]) -> None:
+        self.spec = spec
+        self.layout = layout
+        self._read = read
+        self._grad_RV: Tensor | None = None
+
+    def values(self) -> Tensor:
+        """values_RV, this rank's block in the parameter's dtype, detached from any graph."""
+        return self._read().detach().view(self.layout.shape)
+
+    @property
+    def grad_RV(self) -> Tensor:
+        """The fp32 accumulation buffer (R, V), made of zeros at first use."""
+        if self._grad_RV is None:
+            device = self._read().device
+            self._grad_RV = torch.zeros(self.layout.shape, dtype=torch.float32, device=device)
+        return self._grad_RV
+
+    def grad_sink(self) -> Tensor | None:
+        """Where a lookup's backward adds its gradient: ``grad_RV``, or None under no_grad."""
+        return self.grad_RV if torch.is_grad_enabled() else None
+
+    def zero_grad(self) -> None:
+        """Empties the buffer, to be called once its content has been published."""
+        if self._grad_RV is not None:
+            self._grad_RV.zero_()

@@ -1,0 +1,154 @@
+"""Pure rank arithmetic of sharded tables: who owns what, and in which order it travels.
+
+Nothing here communicates or knows a process group, so everything is tested without processes.
+
+Letters: T tokens, K rows per token, M entries on the move, N rows of the table, V value width,
+R rows on one rank, P ranks, E expansion (projectors), h cores.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+SCHEMES = ("number-wise", "dimension-wise", "owner-pooled")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TableSpec:
+    """Global shape of one value table.
+
+    Raises:
+        ValueError: a size below one, or cores that do not divide the value width.
+    """
+
+    num_rows: int  # N
+    value_dim: int  # V
+    num_projectors: int = 1  # E
+    num_cores: int = 1  # h
+    name: str = "table"  # for error messages
+
+    def __post_init__(self) -> None:
+        for key in ("num_rows", "value_dim", "num_projectors", "num_cores"):
+            if getattr(self, key) < 1:
+                raise ValueError(f"{self.name}: {key}={getattr(self, key)} must be at least 1")
+        if self.value_dim % self.num_cores:
+            raise ValueError(
+                f"{self.name}: value_dim={self.value_dim} must be divisible by "
+                f"num_cores={self.num_cores}"
+            )
+
+
+@dataclass(frozen=True)
+class ShardLayout:
+    """The block of a table that one rank holds: rows x columns, rows padded to a full block."""
+
+    first_row: int
+    num_rows: int  # rows held, padding included
+    first_column: int
+    num_columns: int
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Shape of the held block."""
+        return (self.num_rows, self.num_columns)
+
+
+def rows_per_rank(num_rows: int, world_size: int) -> int:
+    """Rows each rank holds when rows are split: N padded up to a multiple of P, over P."""
+    return -(-num_rows // world_size)
+
+
+def padded_rows(num_rows: int, world_size: int) -> int:
+    """N rounded up so that every rank holds the same number of whole rows."""
+    return rows_per_rank(num_rows, world_size) * world_size
+
+
+def shard_layout(spec: TableSpec, scheme: str, world_size: int, rank: int) -> ShardLayout:
+    """The block of ``spec`` that ``rank`` of ``world_size`` holds under ``scheme``.
+
+    Number-wise and owner-pooled give whole rows (N padded to a multiple of P), dimension-wise
+    gives V/P columns of all rows; with one rank each is the whole table.
+
+    Raises:
+        ValueError: an unknown scheme, or V not divisible by P under dimension-wise.
+    """
+    if scheme not in SCHEMES:
+        raise ValueError(f"memory.partition={scheme!r} is none of {', '.join(SCHEMES)}")
+    if scheme == "dimension-wise":
+        if spec.value_dim % world_size:
+            raise ValueError(
+                f"{spec.name}: dimension-wise needs memory.value_dim={spec.value_dim} divisible "
+                f"by the {world_size} ranks that share a table; choose another memory.partition "
+                f"or memory.shard_group_size"
+            )
+        columns = spec.value_dim // world_size
+        return ShardLayout(0, spec.num_rows, rank * columns, columns)
+    rows = rows_per_rank(spec.num_rows, world_size)
+    return ShardLayout(rank * rows, rows, 0, spec.value_dim)
+
+
+def id_dtype(num_ids: int) -> torch.dtype:
+    """Narrowest of int32 and int64 that holds 0 .. num_ids - 1."""
+    return torch.int32 if num_ids <= 2**31 else torch.int64
+
+
+@dataclass(frozen=True)
+class Route:
+    """How looked-up entries leave this rank and where their answers land.
+
+    ``send_M`` holds each entry's row within its owner's block, entries grouped by owner;
+    ``counts_P`` how many go to each owner; the answer to entry (t, k) is row
+    ``position_TK[t, k]`` of the answers laid out in the order sent.
+    """
+
+    send_M: Tensor
+    counts_P: Tensor
+    position_TK: Tensor
+
+
+def route_entries(rows_TK: Tensor, block_rows: int, world_size: int) -> Route:
+    """Every entry travels, also when its row was asked for before.
+
+    Example with P = 2, R = 4: rows [[5, 1], [1, 6]] have owners [[1, 0], [0, 1]]; sent are
+    [1, 1 | 1, 2] (local rows), counts [2, 2], and the positions are [[2, 0], [1, 3]].
+    Out-of-range rows go to the nearest owner: the caller has counted them and will raise.
+    """
+    rows_M = rows_TK.reshape(-1)
+    owner_M = torch.div(rows_M, block_rows, rounding_mode="floor").clamp_(0, world_size - 1)
+    # Few owners: a byte key sorts several times faster than the 64-bit one.
+    key_M = owner_M.to(torch.uint8) if world_size <= 256 else owner_M
+    order_M = torch.sort(key_M, stable=True).indices
+    position_M = torch.empty_like(order_M)
+    position_M[order_M] = torch.arange(order_M.numel(), device=order_M.device)
+    send_M = (rows_M - owner_M * block_rows)[order_M]
+    counts_P = torch.bincount(owner_M, minlength=world_size)
+    return Route(send_M, counts_P, position_M.view(rows_TK.shape))
+
+
+def route_distinct(rows_TK: Tensor, block_rows: int, world_size: int) -> Route:
+    """Each distinct row travels once; entries that share a row share its answer.
+
+    Example with P = 2, R = 4: rows [[5, 1], [1, 6]] send [1 | 1, 2], counts [1, 2], and the
+    positions are [[1, 0], [0, 2]].
+    """
+    distinct_M, position_TK = torch.unique(rows_TK, sorted=True, return_inverse=True)
+    owner_M = torch.div(distinct_M, block_rows, rounding_mode="floor").clamp_(0, world_size - 1)
+    counts_P = torch.bincount(owner_M, minlength=world_size)
+    return Route(distinct_M - owner_M * block_rows, counts_P, position_TK)
+
+
+def column_pieces(spec: TableSpec, layout: ShardLayout) -> list[int]:
+    """The core that scores each equal piece of a rank's columns, in column order.
+
+    Core i scores columns [i V/h, (i+1) V/h). A rank's columns may lie inside one core, span
+    several, or be cut by a boundary; pieces of gcd(V/h, V/P) columns never are. Example with
+    V = 12, h = 3, P = 2: pieces of 2 columns, rank 0 (columns 0-5) has cores [0, 0, 1].
+    """
+    core_columns = spec.value_dim // spec.num_cores
+    piece = math.gcd(core_columns, layout.num_columns)
+    first, end = layout.first_column, layout.first_column + layout.num_columns
+    return [column // core_columns for column in range(first, end, piece)]

@@ -1,0 +1,1 @@
+"""Helpers that tests of this package, and of programs built on it, share."""
