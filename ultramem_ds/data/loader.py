@@ -1,0 +1,134 @@
+"""Micro-batches of one rank, prefetched by worker processes.
+
+Optimizer step s consumes global samples [s*G, (s+1)*G). Micro-batch j of the step holds samples
+s*G + j*b ... s*G + j*b + b - 1, whatever the number of ranks P; rank r takes j = r, r + P, r +
+2P, ...
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from ultramem_ds.data.mixture import Mixture
+
+# Letters: b sequences of a micro-batch, S sequence length, G global batch, P ranks.
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """What one forward of one rank consumes."""
+
+    tokens: Tensor  # (b, S+1) int64; inputs are [:, :-1], targets [:, 1:]
+    sample_ids: tuple[int, ...]  # global samples, b of them
+    doc_starts: Tensor | None = None  # (b, S) int64, where each position's document starts
+    positions: Tensor | None = None  # (b, S) int64, counted from the document's start
+
+
+class BatchLoader:
+    """Iterates the micro-batches of one rank, for ever, from ``start_step`` on.
+
+    Args:
+        mixture: the global sample order.
+        global_batch_size: G, sequences per optimizer step.
+        micro_batch_size: b, sequences per forward.
+        rank: this rank, 0..P-1.
+        world_size: P.
+        start_step: first optimizer step; the state of a run is this number.
+        num_workers: prefetching processes; 0 loads in the calling process.
+        prefetch: micro-batches each worker keeps ready.
+        document_mask: give ``doc_starts``.
+        reset_positions: give ``positions``.
+
+    Raises:
+        ValueError: if G is not a multiple of b * P.
+    """
+
+    def __init__(
+        self,
+        mixture: Mixture,
+        *,
+        global_batch_size: int,
+        micro_batch_size: int,
+        rank: int,
+        world_size: int,
+        start_step: int = 0,
+        num_workers: int = 1,
+        prefetch: int = 4,
+        document_mask: bool = False,
+        reset_positions: bool = False,
+    ) -> None:
+        if global_batch_size % (micro_batch_size * world_size):
+            raise ValueError(
+                f"train.global_batch_size={global_batch_size} must be a multiple of "
+                f"train.micro_batch_size={micro_batch_size} times {world_size} ranks"
+            )
+        assert 0 <= rank < world_size, (rank, world_size)
+        self.micro_batches_per_step = global_batch_size // (micro_batch_size * world_size)
+        samples = _Samples(mixture, document_mask, reset_positions)
+        order = _Order(global_batch_size, micro_batch_size, rank, world_size, start_step)
+        self._loader: DataLoader[MicroBatch] = DataLoader(
+            samples,
+            sampler=order,
+            batch_size=None,
+            num_workers=num_workers,
+            prefetch_factor=prefetch if num_workers else None,
+            # Workers only read files and never touch a device, so forking is safe and instant.
+            multiprocessing_context="fork" if num_workers else None,
+        )
+        self._iterator: Iterator[MicroBatch] | None = None
+
+    def __iter__(self) -> Iterator[MicroBatch]:
+        self._iterator = iter(self._loader)
+        while self._iterator is not None:
+            yield next(self._iterator)
+
+    def close(self) -> None:
+        """Stop the workers; iterations in progress end."""
+        self._iterator = None
+
+
+class _Order:
+    """Endless tuples of global sample ids, one per micro-batch of this rank."""
+
+    def __init__(self, size: int, micro: int, rank: int, world_size: int, start_step: int) -> None:
+        self._size = size
+        self._micro = micro
+        self._rank = rank
+        self._world_size = world_size
+        self._start_step = start_step
+
+    def __iter__(self) -> Iterator[tuple[int, ...]]:
+        step = self._start_step
+        stride = self._world_size * self._micro
+        while True:
+            first = step * self._size
+            for begin in range(first + self._rank * self._micro, first + self._size, stride):
+                yield tuple(range(begin, begin + self._micro))
+            step += 1
+
+
+class _Samples(Dataset[MicroBatch]):
+    """Tuples of sample ids -> micro-batches."""
+
+    def __init__(self, mixture: Mixture, document_mask: bool, reset_positions: bool) -> None:
+        self._mixture = mixture
+        self._document_mask = document_mask
+        self._reset_positions = reset_positions
+
+    def __getitem__(self, sample_ids: Sequence[int]) -> MicroBatch:
+        tokens = torch.from_numpy(np.stack([self._mixture.sample(index) for index in sample_ids]))
+        doc_starts = positions = None
+        if self._document_mask or self._reset_positions:
+            starts_bS = torch.from_numpy(
+                np.stack([self._mixture.document_starts(index) for index in sample_ids])
+            )
+            doc_starts = starts_bS if self._document_mask else None
+            if self._reset_positions:
+                positions = torch.arange(starts_bS.shape[1]) - starts_bS
+        return MicroBatch(tokens, tuple(sample_ids), doc_starts, positions)

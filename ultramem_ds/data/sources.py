@@ -1,0 +1,234 @@
+"""What there is to read: input files, the subset each belongs to, and how they are cut into units.
+
+A unit is the smallest piece of work of ``prepare``: a byte range of a plain file, a whole
+compressed file, or one shard of a dataset that Hugging Face ``datasets`` reads. Units depend on
+the inputs alone, never on workers or shards, and their order fixes the order of the output.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path, PurePath
+from typing import Literal, TypeAlias
+
+UnitKind: TypeAlias = Literal["lines", "gzip", "zstd", "parquet", "hub"]
+
+# Share of each subset in the default mixture: RedPajama-1T by tokens, without books.
+REDPAJAMA_WEIGHTS = {
+    "common_crawl": 0.742,
+    "c4": 0.148,
+    "github": 0.050,
+    "arxiv": 0.024,
+    "wikipedia": 0.020,
+    "stackexchange": 0.017,
+}
+# Held-out corpora: every document of such a subset goes to the validation split.
+HELD_OUT = ("c4_validation",)
+
+_SUBSETS = (*REDPAJAMA_WEIGHTS, "book")
+# Other spellings: SlimPajama's record field, and names of the 1T-Sample's files.
+_ALIASES = {f"redpajama{name.replace('_', '')}": name for name in _SUBSETS} | {
+    "cc": "common_crawl",
+    "commoncrawl": "common_crawl",
+    "books": "book",
+}
+_KIND_OF_SUFFIX: dict[str, UnitKind] = {".gz": "gzip", ".zst": "zstd", ".parquet": "parquet"}
+_TEXT_FILE = re.compile(r"\.(jsonl?|ndjson)(\.gz|\.zst)?$|\.parquet$")
+_EXTENSIONS = re.compile(r"(\.(jsonl?|ndjson|gz|zst|parquet))+$")
+_C4_VALIDATION = re.compile(r"^c4-validation\.\d+-of-\d+\.json")
+_V2_DOCUMENTS = re.compile(r"^[a-z]{2}_(head|middle|tail)\.json")  # RedPajama-V2
+# Names whose sidecar would overwrite a file of the prepared directory.
+_RESERVED = ("manifest", "tokenizer")
+
+# Plain files are cut into about _CUTS ranges, each of a size between these two.
+_CUTS = 64
+_MIN_UNIT_BYTES = 4 << 20
+_MAX_UNIT_BYTES = 256 << 20
+
+
+@dataclass(frozen=True, kw_only=True)
+class Unit:
+    """One piece of work.
+
+    ``begin`` and ``end`` are bytes of the file for kind ``lines`` (the unit has the lines that
+    start there) and cover the whole file for compressed ones; for ``parquet`` and ``hub`` the
+    unit is shard ``begin`` of ``end``. ``subset`` is where records go that do not name one
+    themselves.
+    """
+
+    kind: UnitKind
+    path: str  # file, or hub id "OWNER/NAME[:CONFIG[:SPLIT]]"
+    name: str  # of the file inside its input, for reports and for the order
+    subset: str
+    size: int  # bytes of the whole file
+    modified_ns: int
+    begin: int
+    end: int
+
+    @property
+    def key(self) -> str:
+        """Name that changes whenever the content might."""
+        text = json.dumps(asdict(self), sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()[:32]
+
+    @property
+    def num_bytes(self) -> int:
+        """Input bytes (as stored) the unit stands for, for progress."""
+        if self.kind in ("parquet", "hub"):
+            return self.size * (self.begin + 1) // self.end - self.size * self.begin // self.end
+        return self.end - self.begin
+
+
+def canonical_subset(name: str) -> str | None:
+    """RedPajama's name of a subset under any of its spellings, or None."""
+    lowered = name.lower()
+    return lowered if lowered in _SUBSETS else _ALIASES.get(lowered.replace("_", ""))
+
+
+def subset_of_file(relative: PurePath, fallback: str) -> str:
+    """Subset of a file from its path.
+
+    RedPajama-1T's directories, 1T-Sample's file names (``cc_2019-30_sample.jsonl``),
+    RedPajama-V2's and C4 validation's names are recognised; any other file belongs to the first
+    directory below the input it was found in, or else to ``fallback``.
+
+    Args:
+        relative: path below the input, with the input's own name in front.
+        fallback: name for files that lie directly in the input.
+    """
+    name = relative.name
+    if _C4_VALIDATION.match(name):
+        return HELD_OUT[0]
+    for part in reversed(relative.parts[:-1]):
+        if known := canonical_subset(part):
+            return known
+    stem = _EXTENSIONS.sub("", name)
+    if stem.endswith("_sample") and (known := canonical_subset(stem.split("_")[0])):
+        return known
+    if known := canonical_subset(stem):
+        return known
+    if _V2_DOCUMENTS.match(name):
+        return "common_crawl"
+    return _safe_name(relative.parts[1] if len(relative.parts) > 2 else fallback)
+
+
+def find_units(inputs: Sequence[str]) -> list[Unit]:
+    """List the units of all inputs, in the order of the output.
+
+    Args:
+        inputs: files; directories, searched recursively; ``SUBSET=PATH`` to name the subset;
+            ``hf:OWNER/NAME[:CONFIG[:SPLIT]]`` for a dataset that ``datasets`` can stream.
+
+    Raises:
+        ValueError: if an input does not exist, holds no readable file, or a file appears twice.
+    """
+    units: list[Unit] = []
+    seen: dict[Path, str] = {}
+    for text in inputs:
+        subset, place = _split_input(text)
+        if place.startswith("hf:"):
+            units += _hub_units(place[3:], subset)
+            continue
+        root = Path(place)
+        for file in _files_of(root):
+            resolved = file.resolve()
+            if resolved in seen:
+                raise ValueError(f"{file} is given twice: by {seen[resolved]!r} and {text!r}")
+            seen[resolved] = text
+            units += _file_units(file, root, subset)
+    # Stable: ranges of a file stay in order, and so do files of one name under two inputs.
+    return sorted(units, key=lambda unit: (unit.subset, unit.name))
+
+
+def _split_input(text: str) -> tuple[str | None, str]:
+    subset, sep, place = text.partition("=")
+    if sep and "/" not in subset and not Path(text).exists():
+        return _safe_name(subset), place
+    return None, text
+
+
+def _safe_name(name: str) -> str:
+    """A subset name that is also a file name."""
+    safe = re.sub(r"[^A-Za-z0-9_.-]+", "_", name).strip(".") or "data"
+    return f"{safe}_data" if safe in _RESERVED else safe
+
+
+def _files_of(root: Path) -> list[Path]:
+    if root.is_file():
+        return [root]
+    if not root.is_dir():
+        raise ValueError(f"input {root} does not exist")
+    files = [
+        file
+        for file in sorted(root.rglob("*"))
+        if _TEXT_FILE.search(file.name)
+        and file.is_file()
+        and not any(part.startswith(".") for part in file.relative_to(root).parts)
+    ]
+    if not files:
+        raise ValueError(f"input {root} holds no .jsonl, .json, .gz, .zst or .parquet file")
+    return files
+
+
+def _file_units(file: Path, root: Path, subset: str | None) -> list[Unit]:
+    status = file.stat()
+    absolute_root = root.resolve()
+    if root.is_file():
+        below, fallback = PurePath(file.name), _EXTENSIONS.sub("", file.name)
+    else:
+        below, fallback = file.relative_to(root), absolute_root.name
+    relative = PurePath(absolute_root.parent.name if root.is_file() else absolute_root.name) / below
+    kind = _KIND_OF_SUFFIX.get(file.suffix, "lines")
+    chosen = subset or subset_of_file(relative, fallback)
+
+    def unit(begin: int, end: int) -> Unit:
+        return Unit(
+            kind=kind,
+            path=str(file.absolute()),
+            name=str(below),
+            subset=chosen,
+            size=status.st_size,
+            modified_ns=status.st_mtime_ns,
+            begin=begin,
+            end=end,
+        )
+
+    if kind == "parquet":
+        from ultramem_ds.data.tables import num_parquet_shards
+
+        shards = num_parquet_shards(file)
+        return [unit(shard, shards) for shard in range(shards)]
+    if kind != "lines":
+        return [unit(0, status.st_size)]
+    step = min(max(status.st_size // _CUTS, _MIN_UNIT_BYTES), _MAX_UNIT_BYTES)
+    return [
+        unit(begin, min(begin + step, status.st_size)) for begin in range(0, status.st_size, step)
+    ]
+
+
+def _hub_units(name: str, subset: str | None) -> list[Unit]:
+    from ultramem_ds.data.tables import num_hub_shards
+
+    shards = num_hub_shards(name)
+    chosen = (
+        subset
+        or canonical_subset(name.split("/")[-1])
+        or _safe_name(name.split(":")[0].split("/")[-1])
+    )
+    return [
+        Unit(
+            kind="hub",
+            path=name,
+            name=name,
+            subset=chosen,
+            size=0,
+            modified_ns=0,
+            begin=shard,
+            end=shards,
+        )
+        for shard in range(shards)
+    ]
