@@ -34,7 +34,7 @@ class PendingMemory:
 
     @property
     def aux_loss(self) -> Tensor:
-        """Eq. 12 for this layer: 0-dim, graph attached; 0 for r = 1 and outside training."""
+        """Eq. 12 before alpha: 0-dim, graph attached; 0 for r = 1 and outside training."""
         return self.selection.aux_loss
 
     @property

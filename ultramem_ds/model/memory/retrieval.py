@@ -35,7 +35,7 @@ class Selection:
 
     slots_TK: Tensor  # int64, row * n + col, before the shuffle
     scores_TKh: Tensor  # fp32 or fp64, per core
-    aux_loss: Tensor  # 0-dim, eq. 12; 0 outside training
+    aux_loss: Tensor  # 0-dim, eq. 12 before alpha; 0 outside training
     conv_state: Tensor | None  # query convolution's state after these tokens
 
 
