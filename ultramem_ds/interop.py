@@ -79,9 +79,7 @@ def reference_layer(
     """
     if norm not in _NORMS:
         raise ValueError(f"norm={norm!r}: expected one of {', '.join(_NORMS)}")
-    model = ModelConfig(
-        hidden_size=config["hidden_size"], num_heads=1, norm_eps=eps, dropout=0.0
-    )
+    model = ModelConfig(hidden_size=config["hidden_size"], num_heads=1, norm_eps=eps, dropout=0.0)
     memory = MemoryConfig(
         placement="1:1",
         knum=config["knum"],

@@ -1,8 +1,8 @@
 """Initialisation: every standard deviation of the project, in one table (docs/initialisation.md).
 
-A parameter carries the name of its line in ``INITIALISERS`` (``model.roles.tag``; by default its role). Any process can
-fill any parameter alone: the numbers depend on (seed, name) only, those of a value table on (seed,
-table, global row) only, so every split over ranks builds the same model.
+A parameter carries the name of its line in ``INITIALISERS`` (``model.roles.tag``; by default its
+role). Any process can fill any parameter alone: the numbers depend on (seed, name) only, those of a
+value table on (seed, table, global row) only, so every split over ranks builds the same model.
 """
 
 from __future__ import annotations

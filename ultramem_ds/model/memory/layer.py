@@ -15,10 +15,10 @@ import torch
 from torch import Tensor, nn
 
 from ultramem_ds.config.schema import MemoryConfig, ModelConfig
-from ultramem_ds.model.roles import tag
 from ultramem_ds.model.memory.expansion import build_shuffle, split_slots
-from ultramem_ds.model.memory.lookup import Lookup, LocalLookup, PendingLookup, ValueTable
+from ultramem_ds.model.memory.lookup import LocalLookup, Lookup, PendingLookup, ValueTable
 from ultramem_ds.model.memory.retrieval import Retrieval, Selection
+from ultramem_ds.model.roles import tag
 
 # B sequences, S sequence length, T = B*S tokens, D hidden, E expansion, V value width.
 
@@ -39,7 +39,7 @@ class PendingMemory:
 
     @property
     def conv_state(self) -> Tensor | None:
-        """Pass to the next ``start`` when decoding: (B, kernel - 1, D), None without convolution."""
+        """Pass to the next ``start`` when decoding: (B, kernel - 1, D), or None."""
         return self.selection.conv_state
 
 

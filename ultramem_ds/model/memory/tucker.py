@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from ultramem_ds.config.schema import MemoryConfig
-from ultramem_ds.model.roles import tag
 from ultramem_ds.model.memory.losses import tucker_aux_loss
+from ultramem_ds.model.roles import tag
 
 # T tokens, H heads, r Tucker rank, h cores, m pairs, c candidates per side.
 
