@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from ultramem_ds.config.schema import MemoryConfig, ModelConfig
 from ultramem_ds.model.memory.layer import MemoryLayer
+from ultramem_ds.model.memory.lookup import ValueTable
 
 # B sequences, S sequence length, D hidden, H heads, r Tucker rank, h cores, n keys per side,
 # d kdim, E expansion, N physical rows, V value width.
@@ -78,9 +79,7 @@ def reference_layer(
     """
     if norm not in _NORMS:
         raise ValueError(f"norm={norm!r}: expected one of {', '.join(_NORMS)}")
-    model = ModelConfig(
-        hidden_size=config["hidden_size"], num_heads=1, norm_eps=eps, dropout=0.0
-    )
+    model = ModelConfig(hidden_size=config["hidden_size"], num_heads=1, norm_eps=eps, dropout=0.0)
     memory = MemoryConfig(
         placement="1:1",
         knum=config["knum"],
@@ -97,7 +96,8 @@ def reference_layer(
         shuffle="stored",
         kernel=kernel,
     )
-    layer = MemoryLayer(model, memory).double()
+    table = ValueTable(memory.num_rows, memory.value_dim, table_index=0)
+    layer = MemoryLayer(model, memory, table).double()
     state = _to_our_names(arrays, memory.num_cores)
     expected = layer.state_dict()
     directions = state.setdefault(_DIRECTIONS, expected[_DIRECTIONS])

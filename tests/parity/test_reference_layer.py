@@ -78,10 +78,10 @@ def test_bad_arrays_are_named():
     config, norm, eps = meta["config"], meta["norm"], meta["eps"]
     with pytest.raises(ValueError, match="batch"):
         reference_layer(params, config, "batch", eps)
-    with pytest.raises(ValueError, match="retrieval.keys"):
+    with pytest.raises(ValueError, match=r"retrieval\.keys"):
         reference_layer(params, {**config, "knum": 13}, norm, eps)
     with pytest.raises(ValueError, match=r"bias.*no such array"):
         reference_layer({**params, "query_norm.bias": np.zeros(16)}, config, norm, eps)
     del params["keys"]
-    with pytest.raises(ValueError, match=r"retrieval.keys missing"):
+    with pytest.raises(ValueError, match=r"retrieval\.keys missing"):
         reference_layer(params, config, norm, eps)

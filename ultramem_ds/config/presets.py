@@ -1,8 +1,8 @@
 """Presets as data: Tables 2, 4, 5 and 6 of the paper, and CPU-sized debug models.
 
 A preset is a mapping section -> key -> value over the defaults of ``config/schema.py``; only what
-differs from those defaults is written here. Table 6's two misprints are corrected (docs/memory-layer.md):
-UltraMem-151M-x10 has knum 1000 and PKM-1.6B-x12 knum 3077.
+differs from those defaults is written here. Table 6's two misprints are corrected: UltraMem-151M-x10
+has knum 1000 and PKM-1.6B-x12 knum 3077 (docs/memory-layer.md).
 """
 
 from __future__ import annotations
@@ -96,7 +96,7 @@ def _ultramem(placement: str, top_m: int, kdim: int, knum: int, value_dim: int) 
 
 
 # Table 2, row by row: (preset, what the row changes with respect to the row before). The first row
-# is PKM-151M-x10; kind stays "ultramem" throughout, so that a row differs in one group of keys only.
+# is PKM-151M-x10; the kind is "ultramem" throughout, so that a row differs in one group of keys.
 ABLATION_ROWS: tuple[tuple[str, Overrides], ...] = (
     (
         "ablation-00-pkm",

@@ -75,9 +75,7 @@ def _block(config: Config) -> Count:
             norm_params=norms,
         )
     dense = attention + mlp
-    return Count(
-        dense_params=dense, sparse_params=0, activated_params=dense, norm_params=norms
-    )
+    return Count(dense_params=dense, sparse_params=0, activated_params=dense, norm_params=norms)
 
 
 def count(config: Config) -> Count:

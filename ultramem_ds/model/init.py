@@ -1,8 +1,8 @@
 """Initialisation: every standard deviation of the project, in one table (docs/initialisation.md).
 
-A parameter carries the name of its line in ``INITIALISERS`` (``model.roles.tag``). Any process can
-fill any parameter alone: the numbers depend on (seed, name) only, those of a value table on (seed,
-table, global row) only, so every split over ranks builds the same model.
+A parameter carries the name of its line in ``INITIALISERS`` (``model.roles.tag``; by default its
+role). Any process can fill any parameter alone: the numbers depend on (seed, name) only, those of a
+value table on (seed, table, global row) only, so every split over ranks builds the same model.
 """
 
 from __future__ import annotations
@@ -236,11 +236,11 @@ def init_parameter(name: str, param: nn.Parameter, config: Config, seed: int) ->
         seed: ``train.seed``.
 
     Raises:
-        ValueError: The parameter carries no known ``init`` tag.
+        ValueError: The parameter carries no known ``init`` or ``role`` tag.
     """
-    line = getattr(param, "init", None)
+    line = getattr(param, "init", getattr(param, "role", None))
     if line not in INITIALISERS:
-        raise ValueError(f"parameter {name} has no initialiser (init tag: {line!r})")
+        raise ValueError(f"parameter {name} has no line in INITIALISERS (its tag: {line!r})")
     if line == "table":
         fill_rows(param, config, seed, param.table_index, 0)  # type: ignore[attr-defined]
         return

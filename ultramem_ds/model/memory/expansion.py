@@ -1,4 +1,4 @@
-"""Implicit value expansion: virtual slot -> physical row and projector (paper section 3.2, eq. 14-15).
+"""Implicit value expansion: virtual slot -> physical row and projector (paper eq. 13-15).
 
 A virtual slot id ``row * n + col`` in [0, E*N) goes through a fixed permutation; the physical row
 is the permuted id modulo N, the projector its quotient. The permutation is a seeded bijection

@@ -15,10 +15,10 @@ import torch
 from torch import Tensor, nn
 
 from ultramem_ds.config.schema import MemoryConfig, ModelConfig
-from ultramem_ds.model.roles import tag
 from ultramem_ds.model.memory.expansion import build_shuffle, split_slots
-from ultramem_ds.model.memory.lookup import Lookup, LocalLookup, PendingLookup, ValueTable
+from ultramem_ds.model.memory.lookup import LocalLookup, Lookup, PendingLookup, ValueTable
 from ultramem_ds.model.memory.retrieval import Retrieval, Selection
+from ultramem_ds.model.roles import tag
 
 # B sequences, S sequence length, T = B*S tokens, D hidden, E expansion, V value width.
 
@@ -34,12 +34,12 @@ class PendingMemory:
 
     @property
     def aux_loss(self) -> Tensor:
-        """Eq. 12 for this layer: 0-dim, graph attached; 0 for r = 1 and outside training."""
+        """Eq. 12 before alpha: 0-dim, graph attached; 0 for r = 1 and outside training."""
         return self.selection.aux_loss
 
     @property
     def conv_state(self) -> Tensor | None:
-        """Pass to the next ``start`` when decoding: (B, kernel - 1, D), None without convolution."""
+        """Pass to the next ``start`` when decoding: (B, kernel - 1, D), or None."""
         return self.selection.conv_state
 
 

@@ -8,14 +8,13 @@ from torch import Tensor
 # H heads, r Tucker rank.
 
 
-def tucker_aux_loss(core_Hrr: Tensor, weight: float, margin: float) -> Tensor:
+def tucker_aux_loss(core_Hrr: Tensor, margin: float) -> Tensor:
     """Penalise the non-leading singular values that exceed a margin, mean over heads.
 
-    ``weight / (r - 1) * sum_{i >= 2} max(0, sigma_i - margin)^2`` per head.
+    ``1 / (r - 1) * sum_{i >= 2} max(0, sigma_i - margin)^2`` per head; the caller applies alpha.
 
     Args:
         core_Hrr: Sum of the cores per head, fp32 or fp64.
-        weight: alpha of eq. 12.
         margin: tau of eq. 12.
 
     Returns:
@@ -25,4 +24,4 @@ def tucker_aux_loss(core_Hrr: Tensor, weight: float, margin: float) -> Tensor:
     if rank == 1:
         return core_Hrr.new_zeros(())
     excess = (torch.linalg.svdvals(core_Hrr)[:, 1:] - margin).clamp(min=0.0)
-    return weight / (rank - 1) * excess.square().sum(-1).mean()
+    return excess.square().sum(-1).mean() / (rank - 1)

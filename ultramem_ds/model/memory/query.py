@@ -1,4 +1,4 @@
-"""Queries: causal depthwise convolution, linear projection in one of three layouts, normalisation."""
+"""Queries: causal depthwise convolution, linear projection in one of three layouts, norm."""
 
 from __future__ import annotations
 

@@ -20,10 +20,10 @@ import torch
 from torch import Tensor, nn
 
 from ultramem_ds.config.schema import Candidates, MemoryConfig, ModelConfig
-from ultramem_ds.model.roles import tag
 from ultramem_ds.model.memory.pkm import ProductKey
 from ultramem_ds.model.memory.query import LAYOUTS, QueryEncoder, qk_norm
 from ultramem_ds.model.memory.tucker import TuckerCore
+from ultramem_ds.model.roles import tag
 
 # T tokens, H heads, r Tucker rank, h cores, n keys per side, m top-m, c candidates per side,
 # K = H*m rows per token, d kdim. A leading 2 is the side: rows, then columns.
@@ -35,7 +35,7 @@ class Selection:
 
     slots_TK: Tensor  # int64, row * n + col, before the shuffle
     scores_TKh: Tensor  # fp32 or fp64, per core
-    aux_loss: Tensor  # 0-dim, eq. 12; 0 outside training
+    aux_loss: Tensor  # 0-dim, eq. 12 before alpha; 0 outside training
     conv_state: Tensor | None  # query convolution's state after these tokens
 
 
@@ -44,11 +44,17 @@ class ScoreForm(Protocol):
 
     aux_loss: Tensor | float
 
-    def candidate_scores(self, scores_2THnr: Tensor) -> Tensor: ...
+    def candidate_scores(self, scores_2THnr: Tensor) -> Tensor:
+        """What ranks the keys of each side, (2, T, H, n)."""
+        ...
 
-    def grid(self, row_THcr: Tensor, col_THcr: Tensor) -> Tensor: ...
+    def grid(self, row_THcr: Tensor, col_THcr: Tensor) -> Tensor:
+        """Total scores of all pairs of candidates, (T, H, c, c)."""
+        ...
 
-    def pair_scores(self, row_THmr: Tensor, col_THmr: Tensor) -> Tensor: ...
+    def pair_scores(self, row_THmr: Tensor, col_THmr: Tensor) -> Tensor:
+        """Scores of matched pairs for every core, (T, H, m, h)."""
+        ...
 
 
 def top_candidates(scores: Tensor, top_m: int, mode: Candidates) -> Tensor:

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from ultramem_ds.config.schema import MemoryConfig
-from ultramem_ds.model.roles import tag
 from ultramem_ds.model.memory.losses import tucker_aux_loss
+from ultramem_ds.model.roles import tag
 
 # T tokens, H heads, r Tucker rank, h cores, m pairs, c candidates per side.
 
@@ -25,7 +25,7 @@ class TuckerForm:
 
     core_hHrr: Tensor  # differentiable
     directions_2Hr: Tensor  # u and v, no gradient
-    aux_loss: Tensor | float  # eq. 12, 0-dim; 0 outside training
+    aux_loss: Tensor | float  # eq. 12 before alpha, 0-dim; 0 outside training
 
     def candidate_scores(self, scores_2THnr: Tensor) -> Tensor:
         """Rank-1 scores S_row.u and S_col.v, (2, T, H, n); for selection only."""
@@ -61,7 +61,6 @@ class TuckerCore(nn.Module):
         tag(self.core, role="core", init="memory_core")
         # Rows u and v per head; all zero = never computed.
         self.register_buffer("directions", torch.zeros(2, heads, rank))
-        self.weight = memory.aux_loss_weight
         self.margin = memory.aux_loss_margin
         self.stale = True
         self.register_load_state_dict_post_hook(lambda module, _: module.mark_stale())
@@ -83,7 +82,7 @@ class TuckerCore(nn.Module):
             self.stale = False
         aux_loss: Tensor | float = 0.0
         if self.training:
-            aux_loss = tucker_aux_loss(total_Hrr, self.weight, self.margin)
+            aux_loss = tucker_aux_loss(total_Hrr, self.margin)
         return TuckerForm(core_hHrr, self.directions, aux_loss)
 
 
