@@ -167,7 +167,7 @@ class LanguageModel(nn.Module):
         config = self.config
         return LossTerms(
             loss=loss,
-            aux_loss=torch.stack(aux).sum() if aux else zero,
+            aux_loss=config.memory.aux_loss_weight * torch.stack(aux).sum() if aux else zero,
             balance_loss=(
                 config.moe.balance_loss_weight * torch.stack(balance).sum() if balance else zero
             ),

@@ -88,6 +88,15 @@ class Comm:
         )
         return x
 
+    def all_reduce_max_(self, x: Tensor) -> Tensor:
+        """Largest value over the group, in place; for numbers, not payloads (uncounted)."""
+        dist.all_reduce(x, op=dist.ReduceOp.MAX, group=self.group)
+        return x
+
+    def barrier(self) -> None:
+        """Waits until every rank of the group is here."""
+        dist.barrier(group=self.group)
+
     def transfer(
         self,
         x: Tensor,

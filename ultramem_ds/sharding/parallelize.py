@@ -17,11 +17,13 @@ from ultramem_ds.model.lm import LanguageModel
 from ultramem_ds.model.memory.lookup import ValueTable
 from ultramem_ds.optim.param_groups import build_param_groups
 from ultramem_ds.sharding import zero3
+from ultramem_ds.sharding.comm import Comm
 from ultramem_ds.sharding.deepspeed_import import deepspeed
 from ultramem_ds.sharding.experts import ExpertParallelMLP, canonical_name, expert_parallel_size
 from ultramem_ds.sharding.lookup import build_lookup
 from ultramem_ds.sharding.runtime import Ranks
-from ultramem_ds.sharding.shard import TableShard, TableSpec
+from ultramem_ds.sharding.shard import TableShard
+from ultramem_ds.sharding.table_plan import TableSpec, shard_layout
 
 
 @dataclass(frozen=True)
@@ -86,8 +88,10 @@ def parallelize(config: Config, ranks: Ranks, engine_config: dict[str, Any]) -> 
     else:
         for name, param in named:
             fill(name, param)
-    params, shards, partition = _install_tables(model, config, ranks, dtype)
-    tables = zero3.Zero3Tables(params, shards, ranks.world_size) if params else None
+    partition = "number-wise" if config.has_memory else ""
+    tables = None
+    if config.has_memory:
+        tables = _install_tables(model, config, ranks, dtype, partition)
     engine = _initialize(model, config, engine_config)
     if tables is not None:
         tables.keep_partitioned(engine)
@@ -95,21 +99,23 @@ def parallelize(config: Config, ranks: Ranks, engine_config: dict[str, Any]) -> 
 
 
 def _install_tables(
-    model: LanguageModel, config: Config, ranks: Ranks, dtype: torch.dtype
-) -> tuple[list[nn.Parameter], list[TableShard], str]:
+    model: LanguageModel, config: Config, ranks: Ranks, dtype: torch.dtype, partition: str
+) -> zero3.Zero3Tables:
     """Give every memory layer its rows and its lookup."""
+    comm = Comm()
     params, shards = [], []
     for index, memory in enumerate(model.memories):
         param = memory.values.weight
-        spec = TableSpec.from_config(config.memory, ranks.world_size)
-        values_RV = torch.empty(spec.shard_shape, dtype=dtype, device=ranks.device)
-        fill_rows(values_RV, config, config.train.seed, index, ranks.rank * spec.shard_shape[0])
-        zero3.install_shard(param, values_RV, spec.full_shape)
-        shard = TableShard(spec, lambda p=param, s=spec: p.ds_tensor.view(s.shard_shape))
-        memory.lookup = build_lookup(shard, "number-wise", None, config.memory)
+        spec = TableSpec.from_config(config.memory, index)
+        layout = shard_layout(spec, partition, comm.world_size, comm.rank)
+        values_RV = torch.empty(layout.shape, dtype=dtype, device=ranks.device)
+        fill_rows(values_RV, config, config.train.seed, index, layout.first_row)
+        zero3.install_shard(param, values_RV, layout.full_shape)
+        shard = TableShard(spec, layout, lambda p=param: p.ds_tensor)
+        memory.lookup = build_lookup(shard, partition, comm, config.memory)
         params.append(param)
         shards.append(shard)
-    return params, shards, "number-wise" if params else ""
+    return zero3.Zero3Tables(params, shards, ranks.world_size)
 
 
 def _initialize(model: LanguageModel, config: Config, engine_config: dict[str, Any]) -> Any:

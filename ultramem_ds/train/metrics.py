@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import os
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 from torch.utils.tensorboard import SummaryWriter
@@ -81,15 +80,8 @@ class MetricsWriter:
         self._validation = open(run_dir / VALIDATION, "a", encoding="utf-8")  # noqa: SIM115
         self._board = SummaryWriter(str(run_dir / "tensorboard"), purge_step=first_step)
 
-    def __enter__(self) -> MetricsWriter:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def close(self) -> None:
+        """Flush and close everything."""
         self._metrics.close()
         self._validation.close()
         self._board.close()
