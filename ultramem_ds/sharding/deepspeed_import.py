@@ -10,11 +10,15 @@ from __future__ import annotations
 
 import contextlib
 import sys
+import warnings
 
 with contextlib.redirect_stdout(sys.stderr):
     import deepspeed
     import deepspeed.comm
     import deepspeed.ops
+
+# Raised by DeepSpeed's own calls of torch, once per call site and rank.
+warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
 
 deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 

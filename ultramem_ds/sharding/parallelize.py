@@ -66,7 +66,7 @@ def parallelize(config: Config, ranks: Ranks, engine_config: dict[str, Any]) -> 
         first_expert = (ranks.rank % ep_size) * (config.moe.num_experts // ep_size)
         make_mlp = lambda _: ExpertParallelMLP(config, ep_size)  # noqa: E731
     construction = (
-        zero3.partitioned_construction(engine_config, dtype)
+        zero3.partitioned_construction(engine_config)
         if partitioned
         else contextlib.nullcontext()
     )

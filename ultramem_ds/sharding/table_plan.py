@@ -14,6 +14,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ultramem_ds.config.schema import MemoryConfig
+
 SCHEMES = ("number-wise", "dimension-wise", "owner-pooled")
 
 
@@ -29,7 +31,7 @@ class TableSpec:
     value_dim: int  # V
     num_projectors: int = 1  # E
     num_cores: int = 1  # h
-    name: str = "table"  # for error messages
+    name: str = "value table"  # for error messages
 
     def __post_init__(self) -> None:
         for key in ("num_rows", "value_dim", "num_projectors", "num_cores"):
@@ -41,11 +43,27 @@ class TableSpec:
                 f"num_cores={self.num_cores}"
             )
 
+    @classmethod
+    def from_config(cls, memory: MemoryConfig, table_index: int) -> TableSpec:
+        """The table of one memory layer (0-based among the memory layers)."""
+        return cls(
+            num_rows=memory.num_rows,
+            value_dim=memory.value_dim,
+            num_projectors=memory.expansion,
+            num_cores=memory.num_cores,
+            name=f"value table {table_index}",
+        )
+
 
 @dataclass(frozen=True)
 class ShardLayout:
-    """The block of a table that one rank holds: rows x columns, rows padded to a full block."""
+    """The block of a table that one rank holds: rows x columns, rows padded to a full block.
 
+    ``full_shape`` is that of the whole parameter, laid out so that the flat slice of rank p of P
+    is its block: (N padded, V) by rows, (P, N, V/P) by columns.
+    """
+
+    full_shape: tuple[int, ...]
     first_row: int
     num_rows: int  # rows held, padding included
     first_column: int
@@ -86,9 +104,11 @@ def shard_layout(spec: TableSpec, scheme: str, world_size: int, rank: int) -> Sh
                 f"or memory.shard_group_size"
             )
         columns = spec.value_dim // world_size
-        return ShardLayout(0, spec.num_rows, rank * columns, columns)
+        sliced_shape = (world_size, spec.num_rows, columns)
+        return ShardLayout(sliced_shape, 0, spec.num_rows, rank * columns, columns)
     rows = rows_per_rank(spec.num_rows, world_size)
-    return ShardLayout(rank * rows, rows, 0, spec.value_dim)
+    full_shape = (rows * world_size, spec.value_dim)
+    return ShardLayout(full_shape, rank * rows, rows, 0, spec.value_dim)
 
 
 def id_dtype(num_ids: int) -> torch.dtype:

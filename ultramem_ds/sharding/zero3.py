@@ -28,9 +28,12 @@ from ultramem_ds.sharding.deepspeed_import import deepspeed
 from ultramem_ds.sharding.shard import TableShard
 
 
-def partitioned_construction(engine_config: dict[str, Any], dtype: torch.dtype) -> Any:
-    """Context in which modules partition their parameters as soon as they are built."""
-    return deepspeed.zero.Init(config_dict_or_path=engine_config, dtype=dtype)
+def partitioned_construction(engine_config: dict[str, Any]) -> Any:
+    """Context in which modules partition their parameters as soon as they are built.
+
+    The dtype comes from the config: given as an argument, fp32 would become bf16 on CPUs.
+    """
+    return deepspeed.zero.Init(config_dict_or_path=engine_config)
 
 
 def fill_partitioned(

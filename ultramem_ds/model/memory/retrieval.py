@@ -13,8 +13,7 @@ else is in the batch.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -29,9 +28,12 @@ from ultramem_ds.model.roles import tag
 # K = H*m rows per token, d kdim. A leading 2 is the side: rows, then columns.
 
 
-@dataclass(frozen=True)
-class Selection:
-    """The selected slots of each token, heads head-major, best first within a head."""
+class Selection(NamedTuple):
+    """The selected slots of each token, heads head-major, best first within a head.
+
+    A NamedTuple: ZeRO-3 hooks its backward onto the tensors of a module's output, and looks for
+    them in tuples but not in dataclasses.
+    """
 
     slots_TK: Tensor  # int64, row * n + col, before the shuffle
     scores_TKh: Tensor  # fp32 or fp64, per core

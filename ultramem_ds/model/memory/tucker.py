@@ -7,7 +7,7 @@ vectors of C (eq. 6-9).
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -19,8 +19,7 @@ from ultramem_ds.model.roles import tag
 # T tokens, H heads, r Tucker rank, h cores, m pairs, c candidates per side.
 
 
-@dataclass(frozen=True)
-class TuckerForm:
+class TuckerForm(NamedTuple):
     """The cores of one forward pass; plain tensors, so usable outside the module's forward."""
 
     core_hHrr: Tensor  # differentiable
