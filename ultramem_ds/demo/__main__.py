@@ -16,7 +16,7 @@ from typing import Any
 
 from ultramem_ds.config.load import load_config
 from ultramem_ds.demo.corpus import write_corpus
-from ultramem_ds.model.accounting import account
+from ultramem_ds.model.accounting import count
 from ultramem_ds.report import markdown_table, plot_losses, read_run
 from ultramem_ds.utils.files import write_json
 
@@ -56,7 +56,7 @@ def prepare_data() -> Path:
     _stage("tokenizing")
     _run(
         [*verb, "prepare", "--input", str(corpus), "--output", str(data)]
-        + ["--tokenizer", str(tokenizer), "--workers", str(NUM_RANKS)]
+        + ["--tokenizer", str(tokenizer), "--workers", str(NUM_RANKS), "--validation-share", "0.02"]
     )
     return data
 
@@ -82,7 +82,7 @@ def summarise(presets: tuple[str, ...]) -> list[dict[str, Any]]:
     records = []
     for name in presets:
         summary = json.loads((ROOT / name / "summary.json").read_text())
-        counted = account(load_config(name, OVERRIDES))
+        counted = count(load_config(name, OVERRIDES))
         records.append(
             {
                 "preset": name,
