@@ -78,6 +78,8 @@ class BatchLoader:
             batch_size=None,
             num_workers=num_workers,
             prefetch_factor=prefetch if num_workers else None,
+            # Its own generator: DataLoader would draw from the one that dropout resumes from.
+            generator=torch.Generator(),
             # Workers only read files and never touch a device, so forking is safe and instant.
             multiprocessing_context="fork" if num_workers else None,
         )
