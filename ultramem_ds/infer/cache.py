@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ultramem_ds.model.lm import LanguageModel
-from ultramem_ds.model.memory.layer import ConvState
+from ultramem_ds.model.transformer import KVSlot
 
 
 class KVCache:
@@ -45,11 +45,9 @@ class KVCache:
 class DecodeCache:
     """State of a batch of sequences that are decoded together."""
 
-    def __init__(self, model: LanguageModel, batch_size: int) -> None:
-        self.kv = [KVCache() for _ in model.blocks]
-        self.conv: list[ConvState | None] = [
-            memory.new_conv_state(batch_size) for memory in model.memories
-        ]
+    def __init__(self, model: LanguageModel) -> None:
+        self.kv: list[KVSlot] = [KVCache() for _ in model.blocks]
+        self.conv: list[Tensor | None] = [None for _ in model.memories]
         self._device = model.embedding.weight.device
 
     @property

@@ -75,7 +75,7 @@ def stream(
     """
     device = model.embedding.weight.device
     generator = torch.Generator(device=device).manual_seed(sampling.seed)
-    cache = DecodeCache(model, batch_size=1)
+    cache = DecodeCache(model)
     tokens_BS = torch.tensor([list(prompt)], device=device)
     for _ in range(sampling.max_new_tokens):
         logits_BW = model.logits(tokens_BS, state=cache)[:, -1, :vocab_size]

@@ -33,9 +33,13 @@ from ultramem_ds.model.transformer import (
 class DecodeState(Protocol):
     """What decoding carries from call to call (``infer/cache.py``)."""
 
-    length: int  # positions already seen
     kv: list[KVSlot]  # one per block
     conv: list[Tensor | None]  # one per memory layer: its last kernel - 1 inputs
+
+    @property
+    def length(self) -> int:
+        """Positions already seen."""
+        ...
 
     def mask(self, num_new: int) -> Tensor | None:
         """Attention mask of ``num_new`` further positions, or None for plain causal."""

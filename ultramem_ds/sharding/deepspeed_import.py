@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import sys
 import warnings
+from typing import Any
 
 with contextlib.redirect_stdout(sys.stderr):
     import deepspeed
@@ -22,4 +23,28 @@ warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distribu
 
 deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 
-__all__ = ["deepspeed"]
+__all__ = ["check_engine_config", "deepspeed"]
+
+
+def check_engine_config(engine_config: dict[str, Any]) -> None:
+    """Let the installed DeepSpeed parse a config before anything is built.
+
+    Args:
+        engine_config: complete, as for ``deepspeed.initialize``, of any number of ranks.
+
+    Raises:
+        ValueError: naming the key that this version rejects.
+    """
+    micro, steps = "train_micro_batch_size_per_gpu", "gradient_accumulation_steps"
+    one_rank = {
+        **engine_config,
+        "train_batch_size": engine_config[micro] * engine_config[steps],
+    }
+    try:
+        with contextlib.redirect_stdout(sys.stderr):
+            deepspeed.DeepSpeedConfig(one_rank)
+    except Exception as error:  # DeepSpeed raises what its parser finds: many types
+        reason = " ".join(str(error).split())
+        raise ValueError(
+            f"DeepSpeed {deepspeed.__version__} rejects the config: {reason}"
+        ) from None

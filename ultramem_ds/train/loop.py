@@ -15,6 +15,7 @@ import torch
 from ultramem_ds.config.deepspeed import (
     BatchPlan,
     check_stage,
+    engine_config,
     load_deepspeed_json,
     plan_batches,
     zero_stage,
@@ -26,6 +27,7 @@ from ultramem_ds.data.manifest import load_manifest
 from ultramem_ds.data.mixture import Mixture
 from ultramem_ds.data.tokenizers import load_tokenizer
 from ultramem_ds.sharding.comm import Comm
+from ultramem_ds.sharding.deepspeed_import import check_engine_config
 from ultramem_ds.sharding.experts import expert_parallel_size
 from ultramem_ds.sharding.runtime import Ranks, runtime
 from ultramem_ds.train import checkpoint as checkpoints
@@ -96,6 +98,7 @@ def prepare_run(
     if config.model.kind == "moe":
         expert_parallel_size(config, world_size)
     batches = plan_batches(config, world_size)
+    check_engine_config(engine_config(deepspeed_json, config, batches))
     load_manifest(data_dir)
     tokenizer = load_tokenizer(data_dir)
     if tokenizer.vocab_size > config.model.vocab_size:

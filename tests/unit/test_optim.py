@@ -1,0 +1,59 @@
+"""Schedules against hand-computed values; groups disjoint and complete."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from ultramem_ds.config.load import load_config
+from ultramem_ds.config.schema import OptimConfig
+from ultramem_ds.model.lm import LanguageModel
+from ultramem_ds.optim.param_groups import build_param_groups
+from ultramem_ds.optim.schedule import dense_lr, value_lr
+
+
+def test_dense_schedule_warms_up_and_ends_at_a_tenth() -> None:
+    optim = OptimConfig(lr=1.0, warmup_ratio=0.1)
+    rates = [dense_lr(step, 100, optim) for step in range(101)]
+    assert rates[0] == pytest.approx(0.1) and rates[9] == pytest.approx(1.0)
+    assert rates[10] == pytest.approx(1.0)
+    assert rates[55] == pytest.approx(0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * 0.5)))
+    assert rates[100] == pytest.approx(0.1)
+    assert all(b < a for a, b in zip(rates[10:], rates[11:]))
+
+
+def test_value_schedules() -> None:
+    decay = OptimConfig(lr=1.0, warmup_ratio=0.0, value_lr_multiplier=10.0)
+    for step in (0, 30, 100):
+        expected = dense_lr(step, 100, decay) * (1 + 9 * (1 - step / 100))
+        assert value_lr(step, 100, decay) == pytest.approx(expected)
+    constant = OptimConfig(value_lr_schedule="constant", value_lr=0.25)
+    assert {value_lr(step, 100, constant) for step in (0, 50, 100)} == {0.25}
+
+
+@pytest.mark.parametrize("kind", ["dense", "pkm", "moe", "ultramem"])
+def test_groups_are_disjoint_and_complete(kind: str) -> None:
+    config = load_config(f"{kind}-debug")
+    with torch.device("meta"):
+        model = LanguageModel(config)
+    groups = build_param_groups(model.named_parameters(), config.optim)
+    grouped = [id(p) for group in groups for p in group["params"]]
+    assert len(grouped) == len(set(grouped))
+    assert set(grouped) == {id(p) for p in model.parameters()}
+    names = [group["name"] for group in groups]
+    assert ("tables" in names) == (kind in ("pkm", "ultramem"))
+    decays = {group["name"]: group["weight_decay"] for group in groups}
+    assert decays["matrices"] == 0.1 and decays["norms"] == 0.0
+
+
+def test_untagged_and_shared_parameters_are_errors() -> None:
+    loose = nn.Linear(2, 2)
+    with pytest.raises(ValueError, match="has role None"):
+        build_param_groups(loose.named_parameters(), OptimConfig())
+    loose.weight.role = "matrix"  # type: ignore[assignment]
+    twice = [("a", loose.weight), ("b", loose.weight)]
+    with pytest.raises(ValueError, match="b is also a"):
+        build_param_groups(twice, OptimConfig())

@@ -1,0 +1,94 @@
+"""Checkpoint directories and metrics files: what a crash leaves is recognised."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from ultramem_ds.train import checkpoint as checkpoints
+from ultramem_ds.train.metrics import MetricsWriter, read_lines
+
+
+def state(step: int) -> checkpoints.TrainerState:
+    return checkpoints.TrainerState(
+        step=step,
+        consumed_samples=step * 8,
+        data_fingerprint="f",
+        world_size=2,
+        partition="number-wise",
+        zero_stage=3,
+        config={},
+    )
+
+
+def save(run_dir: Path, step: int, keep_last: int = 2) -> Path:
+    staging = checkpoints.checkpoints_dir(run_dir) / checkpoints.staging_tag(step)
+    staging.mkdir(parents=True)
+    (staging / "weights.pt").write_bytes(b"x" * step)
+    return checkpoints.publish(run_dir, state(step), keep_last)
+
+
+def test_latest_moves_and_old_ones_go(tmp_path: Path) -> None:
+    assert checkpoints.latest_checkpoint(tmp_path) is None
+    for step in (5, 10, 15):
+        save(tmp_path, step)
+    latest = checkpoints.latest_checkpoint(tmp_path)
+    assert latest is not None and latest.name == "step-00000015"
+    assert checkpoints.read_trainer_state(latest) == state(15)
+    names = {path.name for path in latest.parent.iterdir()}
+    assert names == {"latest", "step-00000010", "step-00000015"}
+    assert checkpoints.find_checkpoint(tmp_path) == latest
+    assert checkpoints.find_checkpoint(latest) == latest
+    assert checkpoints.run_dir_of(latest) == tmp_path
+
+
+def test_a_half_written_checkpoint_is_not_the_latest(tmp_path: Path) -> None:
+    first = save(tmp_path, 5)
+    staging = first.parent / checkpoints.staging_tag(10)
+    staging.mkdir()
+    (staging / "weights.pt").write_bytes(b"torn")
+    assert checkpoints.latest_checkpoint(tmp_path) == first
+    save(tmp_path, 15)
+    assert not staging.exists()
+
+
+def test_saving_the_same_step_again_replaces_it(tmp_path: Path) -> None:
+    save(tmp_path, 5)
+    assert checkpoints.latest_checkpoint(tmp_path) == save(tmp_path, 5)
+
+
+def test_missing_checkpoints_are_named(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="no such directory"):
+        checkpoints.find_checkpoint(tmp_path / "nowhere")
+    with pytest.raises(ValueError, match="neither a checkpoint nor a run"):
+        checkpoints.find_checkpoint(tmp_path)
+    latest = save(tmp_path, 5)
+    (latest / "trainer.json").unlink()
+    with pytest.raises(ValueError, match="not a complete checkpoint"):
+        checkpoints.latest_checkpoint(tmp_path)
+
+
+def test_metrics_past_the_checkpoint_are_dropped(tmp_path: Path) -> None:
+    writer = MetricsWriter(tmp_path, 1)
+    for step in range(1, 6):
+        writer.write_step({"step": step, "loss": 1.0 / step, "expert_share": [[0.5, 0.5]]})
+    writer.write_validation(5, {"all": 2.0})
+    writer.close()
+    with open(tmp_path / "metrics.jsonl", "a") as file:
+        file.write('{"step": 6, "lo')
+    assert [r["step"] for r in read_lines(tmp_path / "metrics.jsonl")] == [1, 2, 3, 4, 5]
+    writer = MetricsWriter(tmp_path, 4)
+    writer.write_step({"step": 4, "loss": 9.0})
+    writer.close()
+    records = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [(r["step"], r["loss"]) for r in records][-2:] == [(3, 1 / 3), (4, 9.0)]
+    assert read_lines(tmp_path / "validation.jsonl") == []
+
+
+def test_a_broken_line_in_the_middle_is_an_error(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 1}\nnonsense\n{"step": 3}\n')
+    with pytest.raises(ValueError, match="metrics.jsonl:2"):
+        read_lines(path)
