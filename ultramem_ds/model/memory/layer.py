@@ -43,6 +43,13 @@ class PendingMemory:
         return self.selection.conv_state
 
 
+def _value_projection(model: ModelConfig, memory: MemoryConfig) -> nn.Linear:
+    """The E projectors V -> D of eq. 15 side by side: one linear map on the concatenation."""
+    linear = nn.Linear(memory.expansion * memory.value_dim, model.hidden_size, bias=False)
+    tag(linear.weight, role="matrix", init="memory_value_proj")
+    return linear
+
+
 class MemoryLayer(nn.Module):
     """One memory layer with its table.
 
@@ -59,11 +66,7 @@ class MemoryLayer(nn.Module):
         self.shuffle = build_shuffle(memory, table.index)
         self.values = table
         self.lookup: Lookup = LocalLookup(self.values, memory.expansion, memory.kernel)
-        self.value_proj: nn.Module = nn.Identity()
-        if memory.value_proj:
-            width = memory.expansion * memory.value_dim
-            self.value_proj = nn.Linear(width, model.hidden_size, bias=False)
-            tag(self.value_proj.weight, role="matrix", init="memory_value_proj")
+        self.value_proj = _value_projection(model, memory) if memory.value_proj else nn.Identity()
         self.dropout = nn.Dropout(model.dropout)
 
     def mark_stale(self) -> None:
