@@ -22,6 +22,10 @@ class ScoreForm(Protocol):
         """Eq. 12 before alpha."""
         ...
 
+    def singular_values(self) -> Tensor:
+        """Singular values (r,) of the summed core, mean over heads; empty where there is none."""
+        ...
+
     def grid(self, row_THcr: Tensor, col_THcr: Tensor) -> Tensor:
         """Total scores of all pairs of candidates, (T, H, c, c)."""
         ...

@@ -18,6 +18,10 @@ class ProductKeyForm(NamedTuple):
     directions_2Hr: Tensor  # ones: candidates are ranked by their own scores
     aux_loss: Tensor | float = 0.0  # there is no core to regularise
 
+    def singular_values(self) -> Tensor:
+        """None: an empty tensor."""
+        return self.directions_2Hr.new_empty(0)
+
     def grid(self, row_THcr: Tensor, col_THcr: Tensor) -> Tensor:
         """Total scores of all pairs of candidates, (T, H, c, c)."""
         return row_THcr + col_THcr.transpose(-1, -2)

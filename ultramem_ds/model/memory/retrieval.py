@@ -31,6 +31,13 @@ from ultramem_ds.model.memory.tucker import TuckerCore
 # K = H*m rows per token, G distinct queries of a token, d kdim. A leading 2 is the side.
 
 
+class Diagnosis(NamedTuple):
+    """What training-state statistics want to know of a retrieval; no gradients."""
+
+    recall: Tensor  # 0-dim, see ``recall.exhaustive_recall``
+    singular_values_r: Tensor  # of the summed core, mean over heads; empty for product keys
+
+
 class Selection(NamedTuple):
     """The selected slots of each token, heads head-major, best first within a head.
 
@@ -42,7 +49,7 @@ class Selection(NamedTuple):
     scores_TKh: Tensor  # fp32 or fp64, per core
     aux_loss: Tensor  # 0-dim, eq. 12 before alpha; 0 outside training
     conv_state: Tensor | None  # query convolution's state after these tokens
-    recall: Tensor | None  # 0-dim, see ``recall.exhaustive_recall``; None where not asked for
+    diagnosis: Diagnosis | None  # None where not asked for
 
 
 def top_candidates(scores: Tensor, top_m: int, mode: Candidates) -> Tensor:
@@ -120,7 +127,7 @@ class Retrieval(nn.Module):
             x_BSD: Hidden states.
             doc_starts_BS: True at the first token of a document, where the convolution restarts.
             conv_state: ``Selection.conv_state`` of the tokens before, for decoding.
-            recall_tokens: Measure recall on that many tokens, evenly spaced; 0 = do not.
+            recall_tokens: Diagnose the search on that many tokens, evenly spaced; 0 = do not.
 
         Returns:
             The selection of all T = B*S tokens.
@@ -134,11 +141,10 @@ class Retrieval(nn.Module):
         picks_2THm, scores_THmh = best_pairs(form, scores_2THcr, self.top_m)
         rows_THm, cols_THm = candidates_2THc.gather(-1, picks_2THm).unbind(0)
         slots_THm = rows_THm * self.num_keys + cols_THm
-        recall = None
+        diagnosis = None
         if recall_tokens:
             every = max(1, len(queries) // recall_tokens)
-            sample_2THnr = torch.einsum(self._product("r"), queries[::every], keys_2Hnrd)
-            recall = exhaustive_recall(form, sample_2THnr.detach(), slots_THm[::every])
+            diagnosis = self._diagnose(form, queries[::every], keys_2Hnrd, slots_THm[::every])
         if self.softmax:
             scores_THmh = scores_THmh.softmax(dim=-2)
         return Selection(
@@ -146,12 +152,20 @@ class Retrieval(nn.Module):
             scores_TKh=scores_THmh.flatten(1, 2),
             aux_loss=scores_THmh.new_zeros(()) + form.aux_loss,
             conv_state=conv_state,
-            recall=recall,
+            diagnosis=diagnosis,
         )
 
     def _product(self, ranks: str) -> str:
         """Einsum of queries with keys; ``ranks`` is "r" to keep the ranks apart."""
         return f"t{self.layout}d,shnrd->sthn{ranks}"
+
+    @torch.no_grad()
+    def _diagnose(
+        self, form: ScoreForm, queries: Tensor, keys_2Hnrd: Tensor, slots_THm: Tensor
+    ) -> Diagnosis:
+        scores_2THnr = torch.einsum(self._product("r"), queries, keys_2Hnrd)
+        recall = exhaustive_recall(form, scores_2THnr, slots_THm)
+        return Diagnosis(recall, form.singular_values())
 
     def _search(self, queries: Tensor, search: Tensor) -> Tensor:
         """Candidate rows and columns of every head, (2, T, H, c)."""

@@ -26,6 +26,10 @@ class TuckerForm(NamedTuple):
     directions_2Hr: Tensor  # u and v, no gradient
     aux_loss: Tensor | float  # eq. 12 before alpha, 0-dim; 0 outside training
 
+    def singular_values(self) -> Tensor:
+        """Singular values (r,) of the summed core, descending, mean over heads; no gradient."""
+        return torch.linalg.svdvals(self.core_hHrr.detach().sum(0)).mean(0)
+
     def grid(self, row_THcr: Tensor, col_THcr: Tensor) -> Tensor:
         """Total scores of all pairs of candidates, (T, H, c, c); for selection only."""
         core_Hrr = self.core_hHrr.sum(0)
