@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from ultramem_ds.config.schema import MemoryConfig, ModelConfig
 from ultramem_ds.model.memory.layer import MemoryLayer
 from ultramem_ds.model.memory.lookup import ValueTable
+from ultramem_ds.model.memory.tucker import TuckerCore
 
 # B sequences, S sequence length, D hidden, H heads, r Tucker rank, h cores, n keys per side,
 # d kdim, E expansion, N physical rows, V value width.
@@ -28,12 +29,12 @@ _NORMS = {"default": "layernorm", "rms": "rmsnorm"}
 _SAME_LAYOUT = {
     "query_proj.weight": "retrieval.query.proj.weight",
     "query_norm.weight": "retrieval.query.norm.weight",
-    "keys_norm.weight": "retrieval.keys_norm.weight",
+    "keys_norm.weight": "retrieval.keys.norm.weight",
     "values_for_look_up": "values.weight",
     "values_proj.weight": "value_proj.weight",
     "shuffle_index": "shuffle.index",
 }
-_KEYS = "retrieval.keys"  # (2, H, n, r, d) here
+_KEYS = "retrieval.keys.weight"  # (2, H, n, r, d) here
 _CORE = "retrieval.form.core"  # (h, H, r, r) here
 _DIRECTIONS = "retrieval.form.directions"  # (2, H, r) here
 _KEYS_PERMUTATION = (1, 0, 2, 4, 3)  # its own inverse
@@ -107,8 +108,9 @@ def reference_layer(
         if ours != given:
             raise ValueError(f"arrays do not fit the configuration: {name} {given}, need {ours}")
     layer.load_state_dict(state)
-    # The recorded vectors count as current; a load would otherwise mark them stale.
-    layer.retrieval.form.stale = not bool(directions.any())
+    form = layer.retrieval.form
+    if isinstance(form, TuckerCore) and directions.any():
+        form.keep_directions()
     return ReferenceLayer(layer)
 
 
@@ -139,8 +141,9 @@ def reference_gradients(layer: ReferenceLayer) -> dict[str, Tensor]:
     Raises:
         ValueError: No backward has run.
     """
-    grads = {name: param.grad for name, param in layer.memory.named_parameters()}
-    missing = sorted(name for name, grad in grads.items() if grad is None)
+    params = dict(layer.memory.named_parameters())
+    grads = {name: param.grad for name, param in params.items() if param.grad is not None}
+    missing = sorted(params.keys() - grads.keys())
     if missing:
         raise ValueError(f"no gradient for {', '.join(missing)}: run backward() first")
     released = {name: grads[ours] for name, ours in _SAME_LAYOUT.items() if ours in grads}

@@ -83,5 +83,5 @@ def test_bad_arrays_are_named():
     with pytest.raises(ValueError, match=r"bias.*no such array"):
         reference_layer({**params, "query_norm.bias": np.zeros(16)}, config, norm, eps)
     del params["keys"]
-    with pytest.raises(ValueError, match=r"retrieval\.keys missing"):
+    with pytest.raises(ValueError, match=r"retrieval\.keys\.weight missing"):
         reference_layer(params, config, norm, eps)

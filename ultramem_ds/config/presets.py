@@ -1,8 +1,8 @@
 """Presets as data: Tables 2, 4, 5 and 6 of the paper, and CPU-sized debug models.
 
 A preset is a mapping section -> key -> value over the defaults of ``config/schema.py``; only what
-differs from those defaults is written here. Table 6's two misprints are corrected: UltraMem-151M-x10
-has knum 1000 and PKM-1.6B-x12 knum 3077 (docs/memory-layer.md).
+differs from those defaults is written here. Table 6's two misprints are corrected:
+UltraMem-151M-x10 has knum 1000 and PKM-1.6B-x12 knum 3077 (docs/memory-layer.md).
 """
 
 from __future__ import annotations
@@ -211,4 +211,4 @@ def preset(name: str) -> Config:
         raise ValueError(f"unknown preset {name!r}: did you mean {nearest[0]!r}? See `count`.")
     data = _DATA[name]
     sections = {key: cls(**data.get(key, {})) for key, cls in _SECTIONS.items()}
-    return Config(preset=name, **sections)  # type: ignore[arg-type]
+    return Config(preset=name, **sections)

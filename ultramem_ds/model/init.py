@@ -17,8 +17,9 @@ import torch
 from torch import Tensor, nn
 
 from ultramem_ds.config.schema import Config, MemoryConfig
+from ultramem_ds.model.memory.forms import ScoreForm
 from ultramem_ds.model.memory.pkm import ProductKeyForm
-from ultramem_ds.model.memory.retrieval import ScoreForm, top_candidates
+from ultramem_ds.model.memory.retrieval import best_pairs, top_candidates
 from ultramem_ds.model.memory.tucker import TuckerForm, leading_singular_vectors
 
 # D hidden, L layers, H memory heads, r Tucker rank, h cores, m top-m, n keys per side, E expansion,
@@ -159,24 +160,18 @@ def score_moments(memory: MemoryConfig) -> ScoreMoments:
     """
     generator = torch.Generator().manual_seed(0)
     tokens, heads, rank = 32, 32, memory.tucker_rank
-    totals, cores = [], []
+    cores = []
     for _ in range(heads):  # head by head: n is thousands
         shape = (2, tokens, 1, memory.num_keys, rank)
         scores_2THnr = torch.randn(shape, generator=generator)
         form = _random_form(memory, generator)
-        candidates = top_candidates(
-            form.candidate_scores(scores_2THnr), memory.top_m, memory.candidates
-        )
+        ranked_2THn = (scores_2THnr * form.directions_2Hr[:, None, :, None, :]).sum(-1)
+        candidates = top_candidates(ranked_2THn, memory.top_m, memory.candidates)
         picked = scores_2THnr.gather(-2, candidates[..., None].expand(*candidates.shape, rank))
-        pairs = form.grid(picked[0], picked[1]).flatten(-2).topk(memory.top_m).indices[..., None]
-        width = candidates.shape[-1]
-        rows = picked[0].gather(-2, (pairs // width).expand(-1, -1, -1, rank))
-        cols = picked[1].gather(-2, (pairs % width).expand(-1, -1, -1, rank))
-        scores_THmh = form.pair_scores(rows, cols)
-        totals.append(scores_THmh.sum(-1))
-        cores.append(scores_THmh)
-    top_mean = float(torch.stack(totals).mean())
-    scaled = torch.stack(cores) / top_mean
+        cores.append(best_pairs(form, picked, memory.top_m)[1])
+    scores = torch.stack(cores)
+    top_mean = float(scores.sum(-1).mean())
+    scaled = scores / top_mean
     if memory.softmax:
         scaled = scaled.softmax(dim=-2)
     return ScoreMoments(top_mean=top_mean, core_square=float(scaled.square().mean()))
@@ -185,7 +180,7 @@ def score_moments(memory: MemoryConfig) -> ScoreMoments:
 def _random_form(memory: MemoryConfig, generator: torch.Generator) -> ScoreForm:
     """The score form of one freshly initialised head."""
     if memory.retrieval == "product-key":
-        return ProductKeyForm()
+        return ProductKeyForm(torch.ones(2, 1, 1))
     core = torch.empty(memory.num_cores, 1, memory.tucker_rank, memory.tucker_rank)
     _draw(core, core_fill(memory), generator)
     total = core.sum(0)

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 from typing import Literal, TypeAlias
 
-from torch import nn
+from torch import Tensor
 
 Role: TypeAlias = Literal["matrix", "norm", "embedding", "table", "core"]
 
 
-def tag(param: nn.Parameter, *, role: Role, init: str) -> None:
+def tag(param: Tensor, *, role: Role, init: str) -> None:
     """Mark a parameter.
 
     Args:
-        param: Gets the attributes ``role`` and ``init``.
+        param: A module's parameter; gets the attributes ``role`` and ``init``.
         role: The optimizer's group: matrices, cores and tables decay, norms may, embeddings ...
         init: Its line in ``model.init.INITIALISERS``.
     """

@@ -18,6 +18,7 @@ from ultramem_ds.config.schema import MemoryConfig, ModelConfig
 from ultramem_ds.model.memory.expansion import build_shuffle, split_slots
 from ultramem_ds.model.memory.lookup import LocalLookup, Lookup, PendingLookup, ValueTable
 from ultramem_ds.model.memory.retrieval import Retrieval, Selection
+from ultramem_ds.model.memory.stats import NO_STATS, Observer
 from ultramem_ds.model.roles import tag
 
 # B sequences, S sequence length, T = B*S tokens, D hidden, E expansion, V value width.
@@ -29,6 +30,7 @@ class PendingMemory:
 
     lookup: PendingLookup
     selection: Selection
+    permuted_TK: Tensor  # slots after the shuffle, int64
     rows_TK: Tensor  # physical rows, int64
     shape: torch.Size  # (B, S, D)
 
@@ -41,6 +43,13 @@ class PendingMemory:
     def conv_state(self) -> Tensor | None:
         """Pass to the next ``start`` when decoding: (B, kernel - 1, D), or None."""
         return self.selection.conv_state
+
+
+def _value_projection(model: ModelConfig, memory: MemoryConfig) -> nn.Linear:
+    """The E projectors V -> D of eq. 15 side by side: one linear map on the concatenation."""
+    linear = nn.Linear(memory.expansion * memory.value_dim, model.hidden_size, bias=False)
+    tag(linear.weight, role="matrix", init="memory_value_proj")
+    return linear
 
 
 class MemoryLayer(nn.Module):
@@ -59,12 +68,9 @@ class MemoryLayer(nn.Module):
         self.shuffle = build_shuffle(memory, table.index)
         self.values = table
         self.lookup: Lookup = LocalLookup(self.values, memory.expansion, memory.kernel)
-        self.value_proj: nn.Module = nn.Identity()
-        if memory.value_proj:
-            width = memory.expansion * memory.value_dim
-            self.value_proj = nn.Linear(width, model.hidden_size, bias=False)
-            tag(self.value_proj.weight, role="matrix", init="memory_value_proj")
+        self.value_proj = _value_projection(model, memory) if memory.value_proj else nn.Identity()
         self.dropout = nn.Dropout(model.dropout)
+        self.observer: Observer = NO_STATS  # of training forwards; see ``stats.StatsWindow``
 
     def mark_stale(self) -> None:
         """Call after every optimizer step and load: derived state (u, v) is then recomputed."""
@@ -86,12 +92,21 @@ class MemoryLayer(nn.Module):
         Returns:
             What ``finish`` needs; also carries ``aux_loss`` and the new ``conv_state``.
         """
-        selection: Selection = self.retrieval(x_BSD, doc_starts_BS, conv_state)
-        rows_TK, projectors_TK = split_slots(self.shuffle(selection.slots_TK), self.num_rows)
+        recall_tokens = self._observer().recall_tokens
+        selection: Selection = self.retrieval(x_BSD, doc_starts_BS, conv_state, recall_tokens)
+        permuted_TK = self.shuffle(selection.slots_TK)
+        rows_TK, projectors_TK = split_slots(permuted_TK, self.num_rows)
         lookup = self.lookup.start(rows_TK, projectors_TK, selection.scores_TKh)
-        return PendingMemory(lookup, selection, rows_TK, x_BSD.shape)
+        return PendingMemory(lookup, selection, permuted_TK, rows_TK, x_BSD.shape)
 
     def finish(self, pending: PendingMemory) -> Tensor:
         """Wait and project: the (B, S, D) output to add to the residual stream, after dropout."""
         pooled_TX = pending.lookup.wait().flatten(1)
-        return self.dropout(self.value_proj(pooled_TX).view(pending.shape))
+        output_BSD = self.value_proj(pooled_TX).view(pending.shape)
+        self._observer().observe(
+            pending.selection, pending.rows_TK, pending.permuted_TK, output_BSD
+        )
+        return self.dropout(output_BSD)
+
+    def _observer(self) -> Observer:
+        return self.observer if self.training else NO_STATS

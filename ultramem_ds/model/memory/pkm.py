@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
+import torch
 from torch import Tensor, nn
+
+from ultramem_ds.config.schema import MemoryConfig
 
 # T tokens, H heads, m pairs, c candidates per side, n keys per side; rank and cores are 1.
 
 
-@dataclass(frozen=True)
-class ProductKeyForm:
+class ProductKeyForm(NamedTuple):
     """Additive grid scores; the two-stage top-m on them is exact."""
 
-    aux_loss: float = 0.0  # there is no core to regularise
+    directions_2Hr: Tensor  # ones: candidates are ranked by their own scores
+    aux_loss: Tensor | float = 0.0  # there is no core to regularise
 
-    def candidate_scores(self, scores_2THnr: Tensor) -> Tensor:
-        """The row and column scores themselves, (2, T, H, n)."""
-        return scores_2THnr[..., 0]
+    def singular_values(self) -> Tensor:
+        """None: an empty tensor."""
+        return self.directions_2Hr.new_empty(0)
 
     def grid(self, row_THcr: Tensor, col_THcr: Tensor) -> Tensor:
         """Total scores of all pairs of candidates, (T, H, c, c)."""
@@ -31,9 +34,15 @@ class ProductKeyForm:
 class ProductKey(nn.Module):
     """The parameterless counterpart of ``TuckerCore``."""
 
+    directions: Tensor
+
+    def __init__(self, memory: MemoryConfig) -> None:
+        super().__init__()
+        self.register_buffer("directions", torch.ones(2, memory.num_heads, 1))
+
     def mark_stale(self) -> None:
         """Nothing is cached."""
 
     def forward(self) -> ProductKeyForm:
-        """Bind nothing."""
-        return ProductKeyForm()
+        """Bind the directions."""
+        return ProductKeyForm(self.directions)

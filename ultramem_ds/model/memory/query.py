@@ -17,7 +17,7 @@ def qk_norm(memory: MemoryConfig, eps: float, init: str) -> nn.Module:
     """Normalisation over kdim with one weight vector and no bias, or none."""
     if memory.qk_norm == "none":
         return nn.Identity()
-    norm: nn.Module
+    norm: nn.LayerNorm | nn.RMSNorm
     if memory.qk_norm == "layernorm":
         norm = nn.LayerNorm(memory.kdim, eps=eps, bias=False)
     else:

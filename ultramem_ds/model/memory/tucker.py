@@ -26,10 +26,9 @@ class TuckerForm(NamedTuple):
     directions_2Hr: Tensor  # u and v, no gradient
     aux_loss: Tensor | float  # eq. 12 before alpha, 0-dim; 0 outside training
 
-    def candidate_scores(self, scores_2THnr: Tensor) -> Tensor:
-        """Rank-1 scores S_row.u and S_col.v, (2, T, H, n); for selection only."""
-        directions = self.directions_2Hr.to(scores_2THnr.dtype)[:, None, :, None, :]
-        return (scores_2THnr * directions).sum(-1)
+    def singular_values(self) -> Tensor:
+        """Singular values (r,) of the summed core, descending, mean over heads; no gradient."""
+        return torch.linalg.svdvals(self.core_hHrr.detach().sum(0)).mean(0)
 
     def grid(self, row_THcr: Tensor, col_THcr: Tensor) -> Tensor:
         """Total scores of all pairs of candidates, (T, H, c, c); for selection only."""
@@ -45,10 +44,10 @@ class TuckerCore(nn.Module):
     """Owns the h cores per head and the leading singular vectors of their sum.
 
     The vectors are recomputed inside ``forward`` whenever they are stale: at the first forward,
-    after ``mark_stale`` (called once per optimizer step) and after a load. The SVD is done in
-    float64 on the CPU, so that every rank gets the same bits; the joint sign of (u, v), which
-    chooses the quadrant that the candidate search sees, continues the previous one, or makes
-    the largest entry of (u, v) positive where there is none.
+    after ``mark_stale`` (called once per optimizer step), after an in-place write to the cores and
+    after a load. The SVD is done in float64 on the CPU, so that every rank gets the same bits; the
+    joint sign of (u, v), which chooses the quadrant that the candidate search sees, continues the
+    previous one, or makes the largest entry of (u, v) positive where there is none.
     """
 
     directions: Tensor
@@ -61,12 +60,19 @@ class TuckerCore(nn.Module):
         # Rows u and v per head; all zero = never computed.
         self.register_buffer("directions", torch.zeros(2, heads, rank))
         self.margin = memory.aux_loss_margin
-        self.stale = True
+        self._current: int | None = None  # of the cores that ``directions`` belongs to
         self.register_load_state_dict_post_hook(lambda module, _: module.mark_stale())
 
     def mark_stale(self) -> None:
         """The cores changed: recompute the singular vectors at the next forward."""
-        self.stale = True
+        self._current = None
+
+    def keep_directions(self) -> None:
+        """Take ``directions`` as they are for the current cores (recorded vectors)."""
+        self._current = self._core_version()
+
+    def _core_version(self) -> int:
+        return 0 if self.core.is_inference() else self.core._version
 
     def forward(self) -> TuckerForm:
         """Bind the current cores (fp32 at least), refreshing the singular vectors if stale."""
@@ -74,11 +80,11 @@ class TuckerCore(nn.Module):
         core_hHrr = self.core.clone()
         core_hHrr = core_hHrr.to(torch.promote_types(core_hHrr.dtype, torch.float32))
         total_Hrr = core_hHrr.sum(0)
-        if self.stale:
+        if self._current != self._core_version() or self.directions.dtype != total_Hrr.dtype:
             previous = self.directions.double().cpu()
             fresh = leading_singular_vectors(total_Hrr.detach().double().cpu(), previous)
             self.directions = fresh.to(total_Hrr.device, total_Hrr.dtype)
-            self.stale = False
+            self._current = self._core_version()
         aux_loss: Tensor | float = 0.0
         if self.training:
             aux_loss = tucker_aux_loss(total_Hrr, self.margin)
