@@ -12,6 +12,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from ultramem_ds.kernels.row_adam import AdamStep
+
 # T tokens, K entries per token, M entries in all (T * K when rectangular), E projectors, B bags,
 # B1 = B + 1, R rows of the table on this rank, V value width, h cores, U distinct rows touched.
 
@@ -74,6 +76,18 @@ class Kernel(Protocol):
         self, grad_BV: Tensor, values_RV: Tensor, rows_M: Tensor, bags_M: Tensor, scores_Mh: Tensor
     ) -> RowGradients:
         """Return the gradients of the touched rows, and of the scores as ``(M, h)``."""
+        ...
+
+    def row_adam_(
+        self,
+        rows_U: Tensor,
+        grad_UV: Tensor,
+        values_RV: Tensor,
+        exp_avg_RV: Tensor,
+        exp_avg_sq_RV: Tensor,
+        step: AdamStep,
+    ) -> None:
+        """Update rows of the table and of its moments in place (AdamW)."""
         ...
 
 

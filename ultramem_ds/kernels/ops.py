@@ -18,6 +18,7 @@ from ultramem_ds.kernels.base import (
     RowGradients,
     accumulation_dtype,
 )
+from ultramem_ds.kernels.row_adam import AdamStep, check_row_adam
 
 # Letters: see kernels/base.py.
 
@@ -208,6 +209,53 @@ def bag_reduce_backward_rows(
     """
     layout = _ragged(rows_M, offsets_B1, scores_Mh)
     return _backward_rows(grad_pooled_BV, values_RV, layout, scores_Mh, kernel)
+
+
+def row_adam_(
+    rows_U: Tensor,
+    grad_UV: Tensor,
+    values_RV: Tensor,
+    exp_avg_RV: Tensor,
+    exp_avg_sq_RV: Tensor,
+    *,
+    step: int,
+    lr: float,
+    betas: tuple[float, float] = (0.9, 0.95),
+    eps: float = 1e-8,
+    weight_decay: float = 0.0,
+    grad_scale: float = 1.0,
+    kernel: str = "auto",
+) -> None:
+    """AdamW on the listed rows, in place; other rows and their moments are left alone.
+
+    Takes what :func:`lookup_reduce_backward_rows` gives. Semantics ("lazy" Adam) in
+    :mod:`ultramem_ds.kernels.row_adam`.
+
+    Args:
+        rows_U: distinct row ids, ascending, int64.
+        grad_UV: their gradients, fp32 (fp64 for an fp64 table).
+        values_RV: table, updated; a bf16 table's update is computed in fp32 and rounded once.
+        exp_avg_RV: first moments, dtype of ``grad_UV``, updated.
+        exp_avg_sq_RV: second moments, dtype of ``grad_UV``, updated.
+        step: number of this update, from 1; it sets the bias corrections of all rows.
+        lr: learning rate of this step.
+        betas: decay rates of the moments.
+        eps: added to the root of the second moment.
+        weight_decay: decoupled; the listed rows shrink by ``lr * weight_decay``.
+        grad_scale: factor on the gradients (clipping, averaging over ranks).
+        kernel: as in :func:`lookup_reduce`.
+
+    Raises:
+        ValueError: shapes, dtypes, row ids or scalars do not fit.
+    """
+    check_row_adam(rows_U, grad_UV, values_RV, exp_avg_RV, exp_avg_sq_RV)
+    scalars = AdamStep.at(
+        step, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, grad_scale=grad_scale
+    )
+    with torch.no_grad():
+        registry.resolve(kernel, values_RV.device).row_adam_(
+            rows_U, grad_UV, values_RV, exp_avg_RV, exp_avg_sq_RV, scalars
+        )
 
 
 def _backward_rows(

@@ -1,11 +1,15 @@
 """Which implementations exist here, which one is used, and why.
 
+``reference`` is the oracle, ``embedding-bag`` torch's library kernels on any device, ``cpu`` the
+native extension (built at first use; embedding-bag's code where it cannot be built).
+
 ``kernel="auto"`` takes the first available name of the device's list; ``ULTRAMEM_KERNEL=name``
 in the environment wins over every argument.
 """
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -14,8 +18,12 @@ from functools import cache
 import torch
 
 from ultramem_ds.kernels.base import Kernel
+from ultramem_ds.kernels.build import BuildError, build
+from ultramem_ds.kernels.cpu import NativeKernel, load_library
 from ultramem_ds.kernels.embedding_bag import EmbeddingBagKernel
 from ultramem_ds.kernels.reference import ReferenceKernel
+
+_LOGGER = logging.getLogger(__name__)
 
 ENVIRONMENT_KEY = "ULTRAMEM_KERNEL"
 
@@ -44,7 +52,14 @@ def _embedding_bag(device: torch.device) -> Choice:
 def _cpu(device: torch.device) -> Choice:
     if device.type != "cpu":
         return Choice(None, f"runs on cpu, the table is on {device.type}")
-    return Choice(EmbeddingBagKernel(), "torch's embedding_bag")
+    try:
+        path = build()
+        return Choice(NativeKernel(load_library(path)), f"native extension {path}")
+    except (BuildError, OSError) as error:
+        _LOGGER.warning("native lookup extension unavailable, using embedding_bag: %s", error)
+        return Choice(
+            EmbeddingBagKernel(), f"torch's embedding_bag, for want of native code: {error}"
+        )
 
 
 # In order of preference for kernel="auto".
