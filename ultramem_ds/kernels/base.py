@@ -7,7 +7,7 @@ An *entry* is one looked-up row with its h scores. Entries are summed into *bags
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -103,8 +103,7 @@ class Layout(Protocol):
         ...
 
 
-@dataclass(frozen=True)
-class Rectangular:
+class Rectangular(NamedTuple):
     """K entries for each of T tokens; bag ``t * E + projector``."""
 
     rows_TK: Tensor
@@ -122,8 +121,7 @@ class Rectangular:
         return self.rows_TK.flatten(), rectangular_bags(self.projectors_TK, self.num_projectors)
 
 
-@dataclass(frozen=True)
-class Ragged:
+class Ragged(NamedTuple):
     """Entries ``offsets[b] : offsets[b + 1]`` form bag b; a bag may be empty."""
 
     rows_M: Tensor

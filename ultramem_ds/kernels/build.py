@@ -43,7 +43,13 @@ def library_path(compiler: str) -> Path:
         BuildError: the compiler does not run.
     """
     version = _run([compiler, "--version"])
-    parts = [SOURCE.read_text(), *_COMPILE_FLAGS, version, torch.__version__, _cpu_identity()]
+    parts = [
+        *(path.read_text() for path in sorted(SOURCE.parent.iterdir())),
+        *_COMPILE_FLAGS,
+        version,
+        torch.__version__,
+        _cpu_identity(),
+    ]
     digest = hashlib.sha256("\0".join(parts).encode()).hexdigest()[:20]
     return cache_dir() / f"lookup-{digest}.so"
 

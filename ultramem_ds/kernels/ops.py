@@ -73,15 +73,16 @@ def _apply(
     _check_table(values_RV, scores, grad_values_RV)
     kernel = registry.resolve(kernel_name, values_RV.device)
     scores = scores.contiguous()
-    if grad_values_RV is not None:
+    buffered = grad_values_RV is not None
+    if not torch.is_grad_enabled() or not (
+        buffered or values_RV.requires_grad or scores.requires_grad
+    ):
+        return layout.pool(kernel, values_RV, scores.to(accumulation_dtype(values_RV.dtype)))
+    if buffered:
         values_RV = values_RV.detach()
         if not scores.requires_grad:
             # A node of the graph must exist, or the buffer would silently miss this lookup.
             scores = scores.detach().requires_grad_()
-    if not torch.is_grad_enabled() or not (values_RV.requires_grad or scores.requires_grad):
-        return layout.pool(
-            kernel, values_RV.detach(), scores.detach().to(accumulation_dtype(values_RV.dtype))
-        )
     pooled: Tensor = _LookupReduce.apply(values_RV, scores, layout, kernel, grad_values_RV)
     return pooled
 
@@ -280,12 +281,13 @@ def _backward_rows(
 def _rectangular(
     rows_TK: Tensor, projectors_TK: Tensor, scores_TKh: Tensor, num_projectors: int
 ) -> Rectangular:
-    if rows_TK.dim() != 2 or projectors_TK.shape != rows_TK.shape:
+    shape_TK = rows_TK.shape
+    if len(shape_TK) != 2 or projectors_TK.shape != shape_TK:
         raise ValueError(
             f"rows {tuple(rows_TK.shape)} and projectors {tuple(projectors_TK.shape)} must both "
             "be (T, K)"
         )
-    if scores_TKh.dim() != 3 or scores_TKh.shape[:2] != rows_TK.shape:
+    if scores_TKh.dim() != 3 or scores_TKh.shape[:2] != shape_TK:
         raise ValueError(
             f"scores {tuple(scores_TKh.shape)} must be (T, K, h) with rows {tuple(rows_TK.shape)}"
         )
@@ -308,6 +310,8 @@ def _ragged(rows_M: Tensor, offsets_B1: Tensor, scores_Mh: Tensor) -> Ragged:
 
 
 def _ids(name: str, ids: Tensor) -> Tensor:
+    if ids.dtype == torch.int64 and ids.is_contiguous():
+        return ids
     if ids.dtype not in (torch.int64, torch.int32):
         raise ValueError(f"{name} are {ids.dtype}; pass int64 or int32")
     return ids.to(torch.int64).contiguous()
