@@ -147,7 +147,7 @@ class MemoryConfig:
 
     @property
     def num_keys(self) -> int:
-        """n = sqrt(E) * knum, keys per side."""
+        """N = sqrt(E) * knum, keys per side."""
         return math.isqrt(self.expansion) * self.knum
 
     @property

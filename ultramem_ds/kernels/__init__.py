@@ -6,6 +6,7 @@ from ultramem_ds.kernels.ops import (
     bag_reduce_backward_rows,
     lookup_reduce,
     lookup_reduce_backward_rows,
+    row_adam_,
 )
 from ultramem_ds.kernels.registry import describe
 
@@ -16,4 +17,5 @@ __all__ = [
     "describe",
     "lookup_reduce",
     "lookup_reduce_backward_rows",
+    "row_adam_",
 ]

@@ -7,10 +7,12 @@ An *entry* is one looked-up row with its h scores. Entries are summed into *bags
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
+
+from ultramem_ds.kernels.row_adam import AdamStep
 
 # T tokens, K entries per token, M entries in all (T * K when rectangular), E projectors, B bags,
 # B1 = B + 1, R rows of the table on this rank, V value width, h cores, U distinct rows touched.
@@ -76,6 +78,18 @@ class Kernel(Protocol):
         """Return the gradients of the touched rows, and of the scores as ``(M, h)``."""
         ...
 
+    def row_adam_(
+        self,
+        rows_U: Tensor,
+        grad_UV: Tensor,
+        values_RV: Tensor,
+        exp_avg_RV: Tensor,
+        exp_avg_sq_RV: Tensor,
+        step: AdamStep,
+    ) -> None:
+        """Update rows of the table and of its moments in place (AdamW)."""
+        ...
+
 
 class Layout(Protocol):
     """Entries and the bags they are summed into."""
@@ -89,8 +103,7 @@ class Layout(Protocol):
         ...
 
 
-@dataclass(frozen=True)
-class Rectangular:
+class Rectangular(NamedTuple):
     """K entries for each of T tokens; bag ``t * E + projector``."""
 
     rows_TK: Tensor
@@ -108,8 +121,7 @@ class Rectangular:
         return self.rows_TK.flatten(), rectangular_bags(self.projectors_TK, self.num_projectors)
 
 
-@dataclass(frozen=True)
-class Ragged:
+class Ragged(NamedTuple):
     """Entries ``offsets[b] : offsets[b + 1]`` form bag b; a bag may be empty."""
 
     rows_M: Tensor

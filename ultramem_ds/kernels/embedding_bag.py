@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ultramem_ds.kernels.base import RowGradients, accumulation_dtype, rectangular_bags
+from ultramem_ds.kernels.row_adam import TorchRowAdam
 
 # Letters: see kernels/base.py.
 
@@ -54,7 +55,7 @@ def split_cores(rows_M: Tensor, num_cores: int) -> Tensor:
     return rows_M[:, None] * num_cores + torch.arange(num_cores, device=rows_M.device)
 
 
-def _bags_by_core(
+def bags_by_core(
     rows_M: Tensor, offsets_B1: Tensor, scores_Mh: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Lay entries out as bags ``(b, core)``: ids, offsets and weights for ``embedding_bag``."""
@@ -75,7 +76,7 @@ def _bags_by_core(
     return ids, F.pad(starts_Bh.flatten(), (0, 1), value=num_entries * num_cores), weights
 
 
-class EmbeddingBagKernel:
+class EmbeddingBagKernel(TorchRowAdam):
     """Library kernels only; see :class:`ultramem_ds.kernels.base.Kernel`.
 
     ``embedding_bag`` wants weights in the table's dtype and would round the scores of a bf16
@@ -105,7 +106,7 @@ class EmbeddingBagKernel:
         """See :class:`ultramem_ds.kernels.base.Kernel`."""
         num_bags, num_cores = offsets_B1.numel() - 1, scores_Mh.shape[1]
         table_RV, rows_M = _in_accumulation_dtype(values_RV, rows_M)
-        ids, offsets, weights = _bags_by_core(rows_M, offsets_B1, scores_Mh)
+        ids, offsets, weights = bags_by_core(rows_M, offsets_B1, scores_Mh)
         pooled = F.embedding_bag(
             ids,
             table_RV.view(-1, table_RV.shape[1] // num_cores),

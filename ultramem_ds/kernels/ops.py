@@ -18,6 +18,7 @@ from ultramem_ds.kernels.base import (
     RowGradients,
     accumulation_dtype,
 )
+from ultramem_ds.kernels.row_adam import AdamStep, check_row_adam
 
 # Letters: see kernels/base.py.
 
@@ -72,15 +73,16 @@ def _apply(
     _check_table(values_RV, scores, grad_values_RV)
     kernel = registry.resolve(kernel_name, values_RV.device)
     scores = scores.contiguous()
-    if grad_values_RV is not None:
+    buffered = grad_values_RV is not None
+    if not torch.is_grad_enabled() or not (
+        buffered or values_RV.requires_grad or scores.requires_grad
+    ):
+        return layout.pool(kernel, values_RV, scores.to(accumulation_dtype(values_RV.dtype)))
+    if buffered:
         values_RV = values_RV.detach()
         if not scores.requires_grad:
             # A node of the graph must exist, or the buffer would silently miss this lookup.
             scores = scores.detach().requires_grad_()
-    if not torch.is_grad_enabled() or not (values_RV.requires_grad or scores.requires_grad):
-        return layout.pool(
-            kernel, values_RV.detach(), scores.detach().to(accumulation_dtype(values_RV.dtype))
-        )
     pooled: Tensor = _LookupReduce.apply(values_RV, scores, layout, kernel, grad_values_RV)
     return pooled
 
@@ -210,6 +212,53 @@ def bag_reduce_backward_rows(
     return _backward_rows(grad_pooled_BV, values_RV, layout, scores_Mh, kernel)
 
 
+def row_adam_(
+    rows_U: Tensor,
+    grad_UV: Tensor,
+    values_RV: Tensor,
+    exp_avg_RV: Tensor,
+    exp_avg_sq_RV: Tensor,
+    *,
+    step: int,
+    lr: float,
+    betas: tuple[float, float] = (0.9, 0.95),
+    eps: float = 1e-8,
+    weight_decay: float = 0.0,
+    grad_scale: float = 1.0,
+    kernel: str = "auto",
+) -> None:
+    """AdamW on the listed rows, in place; other rows and their moments are left alone.
+
+    Takes what :func:`lookup_reduce_backward_rows` gives. Semantics ("lazy" Adam) in
+    :mod:`ultramem_ds.kernels.row_adam`.
+
+    Args:
+        rows_U: distinct row ids, ascending, int64.
+        grad_UV: their gradients, fp32 (fp64 for an fp64 table).
+        values_RV: table, updated; a bf16 table's update is computed in fp32 and rounded once.
+        exp_avg_RV: first moments, dtype of ``grad_UV``, updated.
+        exp_avg_sq_RV: second moments, dtype of ``grad_UV``, updated.
+        step: number of this update, from 1; it sets the bias corrections of all rows.
+        lr: learning rate of this step.
+        betas: decay rates of the moments.
+        eps: added to the root of the second moment.
+        weight_decay: decoupled; the listed rows shrink by ``lr * weight_decay``.
+        grad_scale: factor on the gradients (clipping, averaging over ranks).
+        kernel: as in :func:`lookup_reduce`.
+
+    Raises:
+        ValueError: shapes, dtypes, row ids or scalars do not fit.
+    """
+    check_row_adam(rows_U, grad_UV, values_RV, exp_avg_RV, exp_avg_sq_RV)
+    scalars = AdamStep.at(
+        step, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, grad_scale=grad_scale
+    )
+    with torch.no_grad():
+        registry.resolve(kernel, values_RV.device).row_adam_(
+            rows_U, grad_UV, values_RV, exp_avg_RV, exp_avg_sq_RV, scalars
+        )
+
+
 def _backward_rows(
     grad_pooled: Tensor, values_RV: Tensor, layout: Layout, scores: Tensor, kernel_name: str
 ) -> RowGradients:
@@ -232,12 +281,13 @@ def _backward_rows(
 def _rectangular(
     rows_TK: Tensor, projectors_TK: Tensor, scores_TKh: Tensor, num_projectors: int
 ) -> Rectangular:
-    if rows_TK.dim() != 2 or projectors_TK.shape != rows_TK.shape:
+    shape_TK = rows_TK.shape
+    if len(shape_TK) != 2 or projectors_TK.shape != shape_TK:
         raise ValueError(
             f"rows {tuple(rows_TK.shape)} and projectors {tuple(projectors_TK.shape)} must both "
             "be (T, K)"
         )
-    if scores_TKh.dim() != 3 or scores_TKh.shape[:2] != rows_TK.shape:
+    if scores_TKh.dim() != 3 or scores_TKh.shape[:2] != shape_TK:
         raise ValueError(
             f"scores {tuple(scores_TKh.shape)} must be (T, K, h) with rows {tuple(rows_TK.shape)}"
         )
@@ -260,6 +310,8 @@ def _ragged(rows_M: Tensor, offsets_B1: Tensor, scores_Mh: Tensor) -> Ragged:
 
 
 def _ids(name: str, ids: Tensor) -> Tensor:
+    if ids.dtype == torch.int64 and ids.is_contiguous():
+        return ids
     if ids.dtype not in (torch.int64, torch.int32):
         raise ValueError(f"{name} are {ids.dtype}; pass int64 or int32")
     return ids.to(torch.int64).contiguous()

@@ -14,6 +14,7 @@ from ultramem_ds.kernels.base import (
     ragged_bags,
     rectangular_bags,
 )
+from ultramem_ds.kernels.row_adam import TorchRowAdam
 
 # Letters: see kernels/base.py. C = V / h columns of one core's chunk.
 
@@ -23,7 +24,7 @@ def _by_core(rows_MV: Tensor, num_cores: int) -> Tensor:
     return rows_MV.unflatten(1, (num_cores, rows_MV.shape[1] // num_cores))
 
 
-class ReferenceKernel:
+class ReferenceKernel(TorchRowAdam):
     """Gather, multiply, ``index_add_``; see :class:`ultramem_ds.kernels.base.Kernel`."""
 
     name = "reference"

@@ -1,11 +1,15 @@
 """Which implementations exist here, which one is used, and why.
 
+``reference`` is the oracle, ``embedding-bag`` torch's library kernels on any device, ``cpu`` the
+native extension (built at first use; embedding-bag's code where it cannot be built).
+
 ``kernel="auto"`` takes the first available name of the device's list; ``ULTRAMEM_KERNEL=name``
 in the environment wins over every argument.
 """
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -14,8 +18,12 @@ from functools import cache
 import torch
 
 from ultramem_ds.kernels.base import Kernel
+from ultramem_ds.kernels.build import BuildError, build
+from ultramem_ds.kernels.cpu import NativeKernel, load_library
 from ultramem_ds.kernels.embedding_bag import EmbeddingBagKernel
 from ultramem_ds.kernels.reference import ReferenceKernel
+
+_LOGGER = logging.getLogger(__name__)
 
 ENVIRONMENT_KEY = "ULTRAMEM_KERNEL"
 
@@ -44,7 +52,14 @@ def _embedding_bag(device: torch.device) -> Choice:
 def _cpu(device: torch.device) -> Choice:
     if device.type != "cpu":
         return Choice(None, f"runs on cpu, the table is on {device.type}")
-    return Choice(EmbeddingBagKernel(), "torch's embedding_bag")
+    try:
+        path = build()
+        return Choice(NativeKernel(load_library(path)), f"native extension {path}")
+    except (BuildError, OSError) as error:
+        _LOGGER.warning("native lookup extension unavailable, using embedding_bag: %s", error)
+        return Choice(
+            EmbeddingBagKernel(), f"torch's embedding_bag, for want of native code: {error}"
+        )
 
 
 # In order of preference for kernel="auto".
@@ -61,20 +76,15 @@ def _choice(name: str, device_type: str) -> Choice:
     return _FACTORIES[name](torch.device(device_type))
 
 
-def _requested(name: str) -> str:
-    forced = os.environ.get(ENVIRONMENT_KEY)
-    chosen = forced or name
-    if chosen != "auto" and chosen not in _FACTORIES:
-        source = ENVIRONMENT_KEY if forced else "kernel"
-        raise ValueError(f"{source}={chosen}: no such kernel; use auto or one of {list(NAMES)}")
-    return chosen
-
-
-def _pick(name: str, device_type: str) -> tuple[str, Choice]:
-    """Return the name picked and its choice."""
-    requested = _requested(name)
-    names = NAMES if requested == "auto" else (requested,)
-    for candidate in names:
+@cache
+def _pick(requested: str, device_type: str) -> tuple[str, Choice]:
+    """Return the name picked and its choice, whose kernel is not None."""
+    if requested != "auto" and requested not in _FACTORIES:
+        raise ValueError(
+            f"no such kernel: {requested} (from memory.kernel or {ENVIRONMENT_KEY}); use auto or "
+            f"one of {list(NAMES)}"
+        )
+    for candidate in NAMES if requested == "auto" else (requested,):
         choice = _choice(candidate, device_type)
         if choice.kernel is not None:
             return candidate, choice
@@ -91,7 +101,7 @@ def resolve(name: str, device: torch.device) -> Kernel:
     Raises:
         ValueError: the name is unknown, or that implementation cannot run here (says why).
     """
-    kernel = _pick(name, device.type)[1].kernel
+    kernel = _pick(os.environ.get(ENVIRONMENT_KEY) or name, device.type)[1].kernel
     assert kernel is not None
     return kernel
 
@@ -103,7 +113,7 @@ def describe(name: str = "auto", device: torch.device | str = "cpu") -> str:
         ValueError: as :func:`resolve`.
     """
     device_type = torch.device(device).type
-    picked, choice = _pick(name, device_type)
+    picked, choice = _pick(os.environ.get(ENVIRONMENT_KEY) or name, device_type)
     forced = f" (forced by {ENVIRONMENT_KEY})" if os.environ.get(ENVIRONMENT_KEY) else ""
     passed_over = [
         f"{other}: {_choice(other, device_type).reason}"
