@@ -56,6 +56,19 @@ def add_parser(subparsers: Any) -> None:
         help="share of the documents held out, chosen by content hash (default %(default)s)",
     )
     parser.add_argument(
+        "--held-out",
+        nargs="+",
+        default=[],
+        metavar="SUBSET",
+        help="subsets that go to validation whole, beside C4's validation files",
+    )
+    parser.add_argument(
+        "--drop-duplicates",
+        action="store_true",
+        help="keep only the first of equal documents (held-out subsets first); by default they are "
+        "counted and reported",
+    )
+    parser.add_argument(
         "--text-key",
         metavar="NAME",
         help="column of the text (default: text, raw_content, content)",
@@ -85,7 +98,9 @@ def add_parser(subparsers: Any) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Prepare, and say what is there."""
+    from ultramem_ds.data.inspect import describe_duplicates
     from ultramem_ds.data.prepare import PrepareConfig, prepare
+    from ultramem_ds.data.sources import HELD_OUT
 
     manifest = prepare(
         args.input,
@@ -95,6 +110,8 @@ def run(args: argparse.Namespace) -> int:
             workers=args.workers,
             shard=args.shard,
             validation_share=args.validation_share,
+            held_out=(*HELD_OUT, *args.held_out),
+            drop_duplicates=args.drop_duplicates,
             text_key=args.text_key,
             max_bad_share=args.max_bad_share,
             max_line_bytes=int(args.max_line_mib * 2**20),
@@ -111,6 +128,7 @@ def run(args: argparse.Namespace) -> int:
         )
     bad = sum(manifest.bad_records.values())
     print(f"{manifest.records:,} records read, {bad:,} unusable ones skipped")
+    print("\n".join(describe_duplicates(manifest)))
     return 0
 
 

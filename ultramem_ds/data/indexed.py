@@ -17,6 +17,7 @@ read through memory maps: opening costs the same for one document and for a bill
 
 from __future__ import annotations
 
+import hashlib
 import struct
 from bisect import bisect_left
 from collections.abc import Iterable, Iterator
@@ -46,6 +47,7 @@ _READINGS = {
 }
 # Megatron-LM's own threshold for two-byte ids.
 _MAX_UINT16_VOCAB = 65_500
+_HASH_BYTES = 16 << 20
 _INDEX_BLOCK = 1 << 20  # entries of the index arrays held in memory while they are written
 
 IntArray = npt.NDArray[np.integer[Any]]
@@ -265,3 +267,33 @@ class IndexedDataset:
                     f"{bin_path(self.prefix)} has token id {low if low < 0 else high}, outside the "
                     f"tokenizer's {vocab_size} entries: it was made with another tokenizer"
                 )
+
+    def check_layout(self, block: int = 1 << 20) -> None:
+        """Read the whole index.
+
+        Raises:
+            ValueError: if a sequence does not start where the one before it ends, or the document
+                index does not run from 0 to the number of sequences.
+        """
+        size = self.dtype.itemsize
+        for begin in range(0, len(self), block):
+            # One sequence of overlap, so that the seam between blocks is looked at too.
+            low = max(begin - 1, 0)
+            offsets = np.array(self.offsets[low : begin + block])
+            ends = offsets + np.array(self.lengths[low : begin + block], dtype=np.int64) * size
+            if not np.array_equal(offsets[1:], ends[:-1]) or (ends < offsets).any():
+                raise ValueError(f"{idx_path(self.prefix)}: sequences leave gaps or overlap")
+        for begin in range(0, len(self.document_index), block):
+            entries = np.array(self.document_index[max(begin - 1, 0) : begin + block])
+            if (np.diff(entries) < 0).any():
+                raise ValueError(f"{idx_path(self.prefix)}: the document index is not ascending")
+        if int(self.document_index[0]) != 0 or int(self.document_index[-1]) != len(self):
+            raise ValueError(f"{idx_path(self.prefix)}: the document index is not complete")
+
+    def sha256(self) -> str:
+        """SHA-256 of the ``.bin``, hexadecimal."""
+        digest = hashlib.sha256()
+        with open(bin_path(self.prefix), "rb") as file:
+            while block := file.read(_HASH_BYTES):
+                digest.update(block)
+        return digest.hexdigest()

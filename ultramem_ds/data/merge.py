@@ -11,6 +11,7 @@ from typing import cast
 import numpy as np
 
 from ultramem_ds.data.atomic import atomic_file, write_json
+from ultramem_ds.data.duplicates import BoolArray, Duplicates, HashFile, find_duplicates
 from ultramem_ds.data.indexed import IntArray, bin_path, id_dtype, idx_path, write_index
 from ultramem_ds.data.manifest import (
     SubsetInfo,
@@ -23,7 +24,7 @@ from ultramem_ds.data.sources import Unit
 from ultramem_ds.data.tokenizers import Tokenizer
 from ultramem_ds.data.units import Counts, Group, Split, UnitSummary, part_path
 
-_COPY_BYTES = 16 << 20
+_COPY_TOKENS = 8 << 20  # ids copied at once
 
 
 @dataclass(frozen=True)
@@ -35,14 +36,98 @@ class FinishedUnit:
     summary: UnitSummary
 
 
-class _Lengths:
-    """Re-iterable blocks of document lengths, one per unit: memory stays flat."""
+@dataclass(frozen=True)
+class Part:
+    """Documents of one group in one unit, and which of them are kept."""
 
-    def __init__(self, paths: Sequence[Path]) -> None:
-        self._paths = paths
+    directory: Path
+    name: str  # of the source file
+    group: Group
+    keep: BoolArray  # one entry per document
+
+    def path(self, suffix: str) -> Path:
+        """One of the part's files."""
+        return part_path(self.directory, self.group, suffix)
+
+    def lengths(self) -> IntArray:
+        """Tokens of each kept document."""
+        return cast(IntArray, np.fromfile(self.path("lengths"), dtype=np.int32)[self.keep])
+
+    def counts(self) -> Counts:
+        """Size of the kept documents."""
+        sizes = np.fromfile(self.path("sizes"), dtype=np.int32)[self.keep]
+        return Counts(
+            documents=len(sizes), tokens=int(self.lengths().sum()), text_bytes=int(sizes.sum())
+        )
+
+    def tokens(self, dtype: np.dtype[np.generic]) -> Iterator[IntArray]:
+        """Ids of the kept documents, in blocks."""
+        ids = np.memmap(self.path("tokens"), dtype=dtype, mode="r")
+        ends = np.cumsum(np.fromfile(self.path("lengths"), dtype=np.int32), dtype=np.int64)
+        starts = np.concatenate([[0], ends])
+        # Runs of kept documents: a run begins or ends wherever keep changes.
+        edges = np.flatnonzero(np.diff(self.keep, prepend=False, append=False))
+        for first, last in zip(starts[edges[::2]].tolist(), starts[edges[1::2]].tolist()):
+            for begin in range(first, last, _COPY_TOKENS):
+                yield ids[begin : min(begin + _COPY_TOKENS, last)]
+
+
+class _Lengths:
+    """Re-iterable blocks of document lengths, one per part: memory stays flat."""
+
+    def __init__(self, parts: Sequence[Part]) -> None:
+        self._parts = parts
 
     def __iter__(self) -> Iterator[IntArray]:
-        return (np.fromfile(path, dtype=np.int32) for path in self._paths)
+        return (part.lengths() for part in self._parts)
+
+
+def parts_of(units: Sequence[FinishedUnit], held_out: Sequence[str]) -> list[Part]:
+    """All parts, those of a group together, in the order of precedence among duplicates.
+
+    Held-out subsets come first, so that of equal documents theirs is the original.
+    """
+    groups = {group for unit in units for group in unit.summary.counts}
+    ordered = sorted(groups, key=lambda group: (group[1] not in held_out, group))
+    return [
+        Part(
+            unit.directory,
+            unit.unit.name,
+            group,
+            np.broadcast_to(np.True_, unit.summary.counts[group].documents),
+        )
+        for group in ordered
+        for unit in units
+        if group in unit.summary.counts
+    ]
+
+
+def mark_duplicates(
+    parts: Sequence[Part], scratch: Path, *, drop: bool
+) -> tuple[Duplicates, list[Part]]:
+    """Find exact duplicates among all parts.
+
+    Args:
+        parts: from :func:`parts_of`.
+        scratch: directory for temporary files; one byte per document stays there with ``drop``.
+        drop: keep only the first of equal documents.
+
+    Returns:
+        What was found, and the parts, marked.
+    """
+    files = [HashFile(part.group, part.path("hashes"), len(part.keep)) for part in parts]
+    if not drop:
+        return find_duplicates(files, scratch / "buckets"), list(parts)
+    scratch.mkdir(parents=True, exist_ok=True)
+    total = sum(file.documents for file in files)
+    keep = np.memmap(scratch / "keep", dtype=np.bool_, mode="w+", shape=(total,))
+    found = find_duplicates(files, scratch / "buckets", keep)
+    ends = np.cumsum([file.documents for file in files])
+    marked = [
+        Part(part.directory, part.name, part.group, keep[end - len(part.keep) : end])
+        for part, end in zip(parts, ends.tolist())
+    ]
+    return found, marked
 
 
 def merged(output: Path, group: Group, fingerprint: str) -> SubsetInfo | None:
@@ -52,11 +137,7 @@ def merged(output: Path, group: Group, fingerprint: str) -> SubsetInfo | None:
 
 
 def merge_group(
-    output: Path,
-    group: Group,
-    units: Sequence[FinishedUnit],
-    tokenizer: Tokenizer,
-    fingerprint: str,
+    output: Path, group: Group, parts: Sequence[Part], tokenizer: Tokenizer, fingerprint: str
 ) -> SubsetInfo:
     """Write the pair and sidecar of ``group``, unless this preparation already did.
 
@@ -65,41 +146,33 @@ def merge_group(
     Args:
         output: the prepared directory.
         group: (split, subset).
-        units: finished units in order; those without documents of the group are skipped.
+        parts: of this group, in order.
         tokenizer: the one the units were made with.
         fingerprint: of the preparation.
     """
-    chosen = [unit for unit in units if group in unit.summary.counts]
     done = merged(output, group, fingerprint)
     if done is None:
-        done = _merge(output, group, chosen, tokenizer, fingerprint)
-    for unit in chosen:
-        part_path(unit.directory, group, "tokens").unlink(missing_ok=True)
+        done = _merge(output, group, parts, tokenizer, fingerprint)
+    for part in parts:
+        part.path("tokens").unlink(missing_ok=True)
     return done
 
 
 def _merge(
-    output: Path,
-    group: Group,
-    units: Sequence[FinishedUnit],
-    tokenizer: Tokenizer,
-    fingerprint: str,
+    output: Path, group: Group, parts: Sequence[Part], tokenizer: Tokenizer, fingerprint: str
 ) -> SubsetInfo:
     prefix = prefix_of(output, group)
     prefix.parent.mkdir(exist_ok=True)
+    dtype = id_dtype(tokenizer.vocab_size)
     total = Counts()
-    for unit in units:
-        total.add(unit.summary.counts[group])
     digest = hashlib.sha256()
     with atomic_file(bin_path(prefix)) as out:
-        for unit in units:
-            with open(part_path(unit.directory, group, "tokens"), "rb") as part:
-                while block := part.read(_COPY_BYTES):
-                    digest.update(block)
-                    out.write(block)
-    dtype = id_dtype(tokenizer.vocab_size)
-    lengths = _Lengths([part_path(unit.directory, group, "lengths") for unit in units])
-    write_index(idx_path(prefix), dtype, total.documents, lengths)
+        for part in parts:
+            total.add(part.counts())
+            for block in part.tokens(dtype):
+                digest.update(block.data)
+                out.write(block.data)
+    write_index(idx_path(prefix), dtype, total.documents, _Lengths(parts))
     info = SubsetInfo(
         subset=group[1],
         split=cast(Split, group[0]),
@@ -108,7 +181,7 @@ def _merge(
         sha256=digest.hexdigest(),
         tokenizer_hash=tokenizer.hash,
         eos_id=tokenizer.eos_id,
-        source_files=tuple(dict.fromkeys(unit.unit.name for unit in units)),
+        source_files=tuple(dict.fromkeys(part.name for part in parts)),
         fingerprint=fingerprint,
     )
     write_json(sidecar_path(prefix), asdict(info))

@@ -33,9 +33,16 @@ from ultramem_ds.data.manifest import (
     prefix_of,
     sidecar_path,
 )
-from ultramem_ds.data.merge import FinishedUnit, merge_group, merged
+from ultramem_ds.data.merge import (
+    FinishedUnit,
+    Part,
+    mark_duplicates,
+    merge_group,
+    merged,
+    parts_of,
+)
 from ultramem_ds.data.readers import DEFAULT_MAX_LINE_BYTES
-from ultramem_ds.data.sources import Unit, find_units
+from ultramem_ds.data.sources import HELD_OUT, Unit, find_units
 from ultramem_ds.data.tokenizers import Tokenizer, load_tokenizer
 from ultramem_ds.data.units import Group, UnitOptions, UnitSummary, part_path, read_summary
 from ultramem_ds.data.workers import run_units
@@ -58,6 +65,8 @@ class PrepareConfig:
     workers: int = 1  # processes on this machine
     shard: tuple[int, int] = (0, 1)  # (i, n): this call does units i, i + n, ...
     validation_share: float = 0.005  # of the documents, chosen by content hash
+    held_out: tuple[str, ...] = HELD_OUT  # subsets that go to validation whole
+    drop_duplicates: bool = False  # keep only the first of equal documents
     text_key: str | None = None  # column of the text; None = text, raw_content or content
     max_bad_share: float = 0.01  # of the records that may be unusable
     max_line_bytes: int = DEFAULT_MAX_LINE_BYTES  # longer lines are bad records
@@ -81,6 +90,7 @@ class PrepareConfig:
         """The part that decides the output's content."""
         return UnitOptions(
             validation_share=self.validation_share,
+            held_out=tuple(sorted(self.held_out)),
             text_key=self.text_key,
             max_line_bytes=self.max_line_bytes,
         )
@@ -99,7 +109,7 @@ class _Preparation:
         self.units = find_units(inputs)
         options = [FORMAT_VERSION, self.tokenizer.hash, asdict(config.unit_options)]
         plan = [[unit.subset, unit.name, unit.size, unit.begin, unit.end] for unit in self.units]
-        self.fingerprint = _hash([options, plan])
+        self.fingerprint = _hash([options, config.drop_duplicates, plan])
         # Units are shared between plans that differ only in their inputs.
         self.staging = output / STAGING_DIRECTORY / _hash(options)[:16]
 
@@ -265,12 +275,20 @@ def _merge(plan: _Preparation, units: Sequence[FinishedUnit]) -> Manifest:
         bad.update(unit.summary.bad)
     num_records = sum(unit.summary.num_records for unit in units)
     check_bad_records(bad, num_records, plan.config)
-    groups: list[Group] = sorted({group for unit in units for group in unit.summary.counts})
-    if not groups:
+    parts = parts_of(units, plan.config.held_out)
+    if not parts:
         raise ValueError("the inputs hold no document")
     _remove_stale_temporaries(plan.output)
+    duplicates, parts = mark_duplicates(
+        parts, plan.staging / "duplicates", drop=plan.config.drop_duplicates
+    )
+    by_group: dict[Group, list[Part]] = {}
+    for part in parts:
+        if part.keep.any():
+            by_group.setdefault(part.group, []).append(part)
     infos = [
-        merge_group(plan.output, group, units, plan.tokenizer, plan.fingerprint) for group in groups
+        merge_group(plan.output, group, by_group[group], plan.tokenizer, plan.fingerprint)
+        for group in sorted(by_group)
     ]
     _write_bad_records(plan.output / BAD_RECORDS_NAME, units)
     plan.tokenizer.save(plan.output)
@@ -287,7 +305,7 @@ def _merge(plan: _Preparation, units: Sequence[FinishedUnit]) -> Manifest:
         subsets=tuple(infos),
         records=num_records,
         bad_records=dict(sorted(bad.items())),
-        duplicates={},
+        duplicates=duplicates.to_json(dropped=plan.config.drop_duplicates),
     )
     manifest.save(plan.output)
     return manifest

@@ -5,6 +5,7 @@ A finished unit is a directory with, for every (split, subset) it has documents 
     <split>.<subset>.tokens    ids of all documents, each ending in the end-of-text id
     <split>.<subset>.lengths   int32, tokens per document
     <split>.<subset>.hashes    uint64, content hash per document
+    <split>.<subset>.sizes     int32, UTF-8 bytes of text per document
     unit.json                  counts and bad records
 
 It is written under a temporary name, synced and renamed, so that a unit exists only when it is
@@ -29,13 +30,14 @@ import numpy.typing as npt
 from ultramem_ds.data.atomic import read_json, sync_directory, temporary_path, write_json
 from ultramem_ds.data.indexed import id_dtype
 from ultramem_ds.data.readers import BadRecord, Document, Record, read_unit
-from ultramem_ds.data.sources import HELD_OUT, Unit
+from ultramem_ds.data.sources import Unit
 from ultramem_ds.data.tokenizers import Tokenizer
 
 Split: TypeAlias = Literal["train", "validation"]
 Group: TypeAlias = tuple[str, str]  # (split, subset)
 
 SUMMARY_NAME = "unit.json"
+PARTS = ("tokens", "lengths", "hashes", "sizes")
 # A batch ends at either bound: memory stays flat whatever the documents' sizes.
 _BATCH_BYTES = 1 << 20
 _BATCH_DOCUMENTS = 1024
@@ -47,6 +49,7 @@ class UnitOptions:
     """What decides the content of a unit besides its input."""
 
     validation_share: float
+    held_out: tuple[str, ...]  # subsets that go to validation whole
     text_key: str | None
     max_line_bytes: int
 
@@ -100,7 +103,7 @@ class UnitSummary:
 
 
 def part_path(directory: Path, group: Group, suffix: str) -> Path:
-    """File of ``group`` inside a unit's directory; suffix is tokens, lengths or hashes."""
+    """File of ``group`` inside a unit's directory; suffix is one of :data:`PARTS`."""
     return directory / f"{group[0]}.{group[1]}.{suffix}"
 
 
@@ -115,9 +118,12 @@ def content_hash(data: bytes) -> int:
     return int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "little")
 
 
-def split_of(subset: str, document_hash: int, validation_share: float) -> Split:
-    """Split of a document: by content alone, so that equal texts always share one."""
-    held_out = subset in HELD_OUT or document_hash < validation_share * 2.0**64
+def split_of(subset: str, document_hash: int, options: UnitOptions) -> Split:
+    """Split of a document: by content alone, so that equal texts always share one.
+
+    Held-out subsets are the exception; what they share with training is reported.
+    """
+    held_out = subset in options.held_out or document_hash < options.validation_share * 2.0**64
     return "validation" if held_out else "train"
 
 
@@ -186,9 +192,9 @@ def _write_parts(
             ids, lengths = tokenizer.encode_documents(
                 [document.text for document in documents], id_dtype(tokenizer.vocab_size)
             )
-            sizes = np.array([len(document.data) for document in documents], np.int64)
+            sizes = np.array([len(document.data) for document in documents], np.int32)
             groups = [
-                (split_of(document.subset, int(digest), options.validation_share), document.subset)
+                (split_of(document.subset, int(digest), options), document.subset)
                 for document, digest in zip(documents, hashes)
             ]
             for group in dict.fromkeys(groups):
@@ -196,7 +202,9 @@ def _write_parts(
                 if group not in parts:
                     parts[group] = stack.enter_context(_Part(directory, group))
                     summary.counts[group] = Counts()
-                parts[group].write(ids[np.repeat(chosen, lengths)], lengths[chosen], hashes[chosen])
+                parts[group].write(
+                    ids[np.repeat(chosen, lengths)], lengths[chosen], hashes[chosen], sizes[chosen]
+                )
                 added = Counts(
                     documents=int(chosen.sum()),
                     tokens=int(lengths[chosen].sum()),
@@ -227,10 +235,10 @@ def _batches(records: Iterator[Record], summary: UnitSummary) -> Iterator[list[D
 
 
 class _Part:
-    """The three growing files of one (split, subset)."""
+    """The growing files of one (split, subset)."""
 
     def __init__(self, directory: Path, group: Group) -> None:
-        self._paths = [part_path(directory, group, s) for s in ("tokens", "lengths", "hashes")]
+        self._paths = [part_path(directory, group, suffix) for suffix in PARTS]
         self._files: list[BinaryIO] = []
 
     def __enter__(self) -> _Part:
@@ -238,7 +246,7 @@ class _Part:
         return self
 
     def write(self, *arrays: npt.NDArray[Any]) -> None:
-        """Append ids, lengths and hashes of some documents."""
+        """Append what :data:`PARTS` names, of some documents."""
         for file, array in zip(self._files, arrays):
             file.write(array.tobytes())
 

@@ -8,22 +8,24 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass
-from multiprocessing.synchronize import Event
+from functools import partial
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
 from tqdm import tqdm
 
 from ultramem_ds.data.sources import Unit
-from ultramem_ds.data.tokenizers import Tokenizer, load_tokenizer
+from ultramem_ds.data.tokenizers import load_tokenizer
 from ultramem_ds.data.units import Counts, UnitOptions, UnitSummary, tokenize_unit
 
 # A unit and the directory its parts go to.
 Job: TypeAlias = tuple[Unit, Path]
+
+# One process is one core: the tokenizer library's own threads would only get in the way.
+_SINGLE_THREADED = {"TOKENIZERS_PARALLELISM": "false"}
 
 _REFRESH_S = 0.5  # time between looks at the counters
 _LOG_REFRESH_S = 30.0  # time between progress lines where stderr is a file
@@ -33,54 +35,50 @@ class _Stopped(Exception):
     """Another unit failed; this one ends early."""
 
 
-@dataclass
 class _Shared:
-    """What parent and workers share."""
+    """What the parent and its workers share."""
 
-    totals: Any  # multiprocessing array of documents, tokens, text bytes
-    stop: Event
+    def __init__(self) -> None:
+        context = multiprocessing.get_context("spawn")
+        self._totals = context.Array("q", 3)
+        self._stop = context.Event()
 
     def add(self, counts: Counts) -> None:
-        """Progress of one batch, from a worker."""
-        if self.stop.is_set():
+        """Progress of one batch."""
+        if self._stop.is_set():
             raise _Stopped
-        with self.totals.get_lock():
-            self.totals[0] += counts.documents
-            self.totals[1] += counts.tokens
-            self.totals[2] += counts.text_bytes
+        with self._totals.get_lock():
+            for place, value in enumerate((counts.documents, counts.tokens, counts.text_bytes)):
+                self._totals[place] += value
+
+    def totals(self) -> Counts:
+        """Progress of all workers together."""
+        documents, tokens, text_bytes = self._totals[:]
+        return Counts(documents=documents, tokens=tokens, text_bytes=text_bytes)
+
+    def stop(self) -> None:
+        """Make every worker end at its next batch."""
+        self._stop.set()
 
 
-@dataclass
-class _Worker:
-    """State of a worker process, set once by its initializer."""
-
-    tokenizer: Tokenizer
-    options: UnitOptions
-    shared: _Shared
-
-    def run(self, job: Job) -> UnitSummary:
-        unit, directory = job
-        return tokenize_unit(unit, self.tokenizer, self.options, directory, self.shared.add)
-
-
-_worker: _Worker
+_run_job: Callable[[Job], UnitSummary]  # of a worker process, set once by its initializer
 
 
 def _start_worker(tokenizer_path: str, options: UnitOptions, shared: _Shared) -> None:
-    global _worker
-    _set_single_threaded()
+    global _run_job
+    os.environ.update(_SINGLE_THREADED)
     threading.Thread(target=_exit_with_parent, daemon=True).start()
-    _worker = _Worker(load_tokenizer(tokenizer_path), options, shared)
+    tokenizer = load_tokenizer(tokenizer_path)
+
+    def run(job: Job) -> UnitSummary:
+        unit, directory = job
+        return tokenize_unit(unit, tokenizer, options, directory, shared.add)
+
+    _run_job = run
 
 
 def _run_in_worker(job: Job) -> UnitSummary:
-    return _worker.run(job)
-
-
-def _set_single_threaded() -> None:
-    """One process is one core: the tokenizer library's own threads would only get in the way."""
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    os.environ["RAYON_NUM_THREADS"] = "1"
+    return _run_job(job)
 
 
 def _exit_with_parent() -> None:
@@ -94,38 +92,75 @@ def _exit_with_parent() -> None:
 def run_units(
     jobs: Sequence[Job], tokenizer_path: str, options: UnitOptions, *, workers: int
 ) -> Generator[tuple[Unit, UnitSummary], None, None]:
-    """Tokenise ``jobs`` on ``workers`` processes; yields each unit as it is finished.
+    """Tokenise ``jobs``; yields each unit as it is finished.
 
-    Progress (text MB/s, tokens/s, time left) goes to stderr.
+    One worker is this process; more are processes of their own. Progress (text MB/s, tokens/s,
+    time left) goes to stderr.
 
     Raises:
         ValueError: what the first failing unit raised; the others are abandoned.
-        ChildProcessError: (an OSError) if a worker was killed, for example for lack of memory.
+        OSError: likewise, and if a worker was killed, for example for lack of memory.
     """
-    context = multiprocessing.get_context("spawn")
-    shared = _Shared(context.Array("q", 3), context.Event())
+    shared = _Shared()
+    run = _run_here if workers == 1 else partial(_run_in_processes, workers=min(workers, len(jobs)))
+    with _Progress(sum(unit.num_bytes for unit, _ in jobs), shared) as progress:
+        for unit, summary in run(jobs, tokenizer_path, options, shared, progress):
+            progress.finished(unit)
+            yield unit, summary
+
+
+def _run_here(
+    jobs: Sequence[Job],
+    tokenizer_path: str,
+    options: UnitOptions,
+    shared: _Shared,
+    progress: _Progress,
+) -> Iterator[tuple[Unit, UnitSummary]]:
+    tokenizer = load_tokenizer(tokenizer_path)
+
+    def add(counts: Counts) -> None:
+        shared.add(counts)
+        progress.refresh()
+
+    before = {name: os.environ.get(name) for name in _SINGLE_THREADED}
+    os.environ.update(_SINGLE_THREADED)
+    try:
+        for unit, directory in jobs:
+            yield unit, tokenize_unit(unit, tokenizer, options, directory, add)
+    finally:
+        for name, value in before.items():
+            os.environ.pop(name)
+            os.environ.update({name: value} if value is not None else {})
+
+
+def _run_in_processes(
+    jobs: Sequence[Job],
+    tokenizer_path: str,
+    options: UnitOptions,
+    shared: _Shared,
+    progress: _Progress,
+    *,
+    workers: int,
+) -> Iterator[tuple[Unit, UnitSummary]]:
     executor = ProcessPoolExecutor(
-        min(workers, len(jobs)),
-        mp_context=context,
+        workers,
+        # Not fork: the caller may have threads, and the tokenizer library has its own.
+        mp_context=multiprocessing.get_context("spawn"),
         initializer=_start_worker,
         initargs=(tokenizer_path, options, shared),
     )
-    with _Progress(sum(unit.num_bytes for unit, _ in jobs), shared) as progress:
-        try:
-            futures = {executor.submit(_run_in_worker, job): job[0] for job in jobs}
-            for future in _as_completed(futures, progress):
-                unit = futures.pop(future)
-                summary = future.result()
-                progress.finished(unit)
-                yield unit, summary
-        except BrokenProcessPool as error:
-            raise ChildProcessError(
-                "a worker process died, perhaps for lack of memory: use fewer --workers; "
-                "finished units are kept, repeat the command to go on"
-            ) from error
-        finally:
-            shared.stop.set()
-            executor.shutdown(cancel_futures=True)
+    try:
+        futures = {executor.submit(_run_in_worker, job): job[0] for job in jobs}
+        for future in _as_completed(futures, progress):
+            yield futures.pop(future), future.result()
+    except BrokenProcessPool as error:
+        raise ChildProcessError(
+            "a worker process died, perhaps for lack of memory: use fewer --workers; "
+            "finished units are kept, repeat the command to go on"
+        ) from error
+    finally:
+        shared.stop()
+        executor.shutdown(cancel_futures=True)
 
 
 def _as_completed(
@@ -160,10 +195,10 @@ class _Progress(contextlib.AbstractContextManager["_Progress"]):
     def refresh(self) -> None:
         """Show the rates of now."""
         elapsed_s = max(time.monotonic() - self._begin_s, 1e-9)
-        documents, tokens, text_bytes = self._shared.totals[:]
+        totals = self._shared.totals()
         self._bar.set_postfix_str(
-            f"text {text_bytes / elapsed_s / 1e6:.1f} MB/s, {tokens / elapsed_s:,.0f} tokens/s, "
-            f"{documents:,} documents",
+            f"text {totals.text_bytes / elapsed_s / 1e6:.1f} MB/s, "
+            f"{totals.tokens / elapsed_s:,.0f} tokens/s, {totals.documents:,} documents",
             refresh=False,
         )
         self._bar.update(0)
