@@ -12,7 +12,8 @@ from torch import Tensor
 
 from ultramem_ds.config.schema import MemoryConfig
 from ultramem_ds.sharding.comm import Comm
-from ultramem_ds.sharding.execution import Executor, InlineExecutor, Job
+from ultramem_ds.sharding.execution import Executor, Job
+from ultramem_ds.sharding.groups import TableGroups
 from ultramem_ds.sharding.numberwise import NumberWise
 from ultramem_ds.sharding.scheme import Local, Scheme
 from ultramem_ds.sharding.shard import TableShard
@@ -142,16 +143,18 @@ class _Wait(torch.autograd.Function):
         return torch.zeros((), device=grad_TEV.device), None
 
 
-def build_lookup(shard: TableShard, scheme: str, comm: Comm, memory: MemoryConfig) -> ShardedLookup:
+def build_lookup(
+    shard: TableShard, scheme: str, groups: TableGroups, memory: MemoryConfig
+) -> ShardedLookup:
     """The lookup over this rank's shard of one table.
 
     Args:
         shard: this rank's block, laid out by ``shard_layout`` for the same scheme and group.
         scheme: a resolved ``memory.partition`` (not auto).
-        comm: the group that shares this copy of the table.
+        groups: who shares this copy of the table, and where lookups run.
         memory: wire dtype, de-duplication, kernel.
     """
-    return ShardedLookup(_build_scheme(shard, scheme, comm, memory), InlineExecutor())
+    return ShardedLookup(_build_scheme(shard, scheme, groups.shard, memory), groups.executor)
 
 
 def _build_scheme(shard: TableShard, scheme: str, comm: Comm, memory: MemoryConfig) -> Scheme[Any]:
@@ -159,6 +162,4 @@ def _build_scheme(shard: TableShard, scheme: str, comm: Comm, memory: MemoryConf
     if comm.world_size == 1:
         return Local(shard, memory.kernel)
     assert scheme == "number-wise", scheme
-    return NumberWise(
-        shard, comm, dedup=memory.dedup, wire_dtype=wire_dtype, kernel=memory.kernel
-    )
+    return NumberWise(shard, comm, dedup=memory.dedup, wire_dtype=wire_dtype, kernel=memory.kernel)

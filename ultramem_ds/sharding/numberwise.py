@@ -56,6 +56,7 @@ class NumberWise(Scheme[NumberWiseRequest]):
     def input_dist(
         self, rows_TK: Tensor, projectors_TK: Tensor, scores_TKh: Tensor
     ) -> NumberWiseRequest:
+        """Row ids to their owners, 4 bytes each."""
         spec, block_rows = self.shard.spec, self.shard.layout.num_rows
         route = self.route(rows_TK, block_rows, self.comm.world_size)
         splits = agree_on_splits(self.comm, route.counts_P, count_bad_rows(rows_TK, spec), spec)
@@ -64,10 +65,12 @@ class NumberWise(Scheme[NumberWiseRequest]):
         return NumberWiseRequest(wanted_M, splits, route.position_TK, projectors_TK, scores_TKh)
 
     def compute(self, request: NumberWiseRequest) -> Tensor:
+        """The rows asked for, (M, V) in the wire's dtype."""
         rows_MV = gather_rows(self.shard, request.wanted_M.long())
         return rows_MV.to(self.wire_dtype)
 
     def output_dist(self, answer: Tensor, request: NumberWiseRequest) -> Tensor:
+        """Rows back to who asked, then weighting and pooling."""
         splits = request.splits
         received_MV = self.comm.all_to_all(answer, splits.recv, splits.send, "rows")
         return lookup_reduce(

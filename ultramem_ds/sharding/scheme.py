@@ -68,12 +68,14 @@ class Local(Scheme[LocalRequest]):
     def input_dist(
         self, rows_TK: Tensor, projectors_TK: Tensor, scores_TKh: Tensor
     ) -> LocalRequest:
+        """Checks the row ids; nothing travels."""
         num_bad = int(count_bad_rows(rows_TK, self.shard.spec))
         if num_bad:
             raise RowRangeError(_range_message({0: num_bad}, self.shard.spec))
         return LocalRequest(rows_TK, projectors_TK, scores_TKh)
 
     def compute(self, request: LocalRequest) -> Tensor:
+        """Looks up, weights and pools, (T, E, V)."""
         return lookup_reduce(
             self.shard.values(),
             request.rows_TK,
@@ -85,6 +87,7 @@ class Local(Scheme[LocalRequest]):
         )
 
     def output_dist(self, answer: Tensor, request: LocalRequest) -> Tensor:
+        """The answer is at home."""
         return answer
 
 
