@@ -104,8 +104,8 @@ def shard_layout(spec: TableSpec, scheme: str, world_size: int, rank: int) -> Sh
                 f"or memory.shard_group_size"
             )
         columns = spec.value_dim // world_size
-        full_shape = (world_size, spec.num_rows, columns)
-        return ShardLayout(full_shape, 0, spec.num_rows, rank * columns, columns)
+        sliced_shape = (world_size, spec.num_rows, columns)
+        return ShardLayout(sliced_shape, 0, spec.num_rows, rank * columns, columns)
     rows = rows_per_rank(spec.num_rows, world_size)
     full_shape = (rows * world_size, spec.value_dim)
     return ShardLayout(full_shape, rank * rows, rows, 0, spec.value_dim)
