@@ -168,7 +168,7 @@ class _AllGather(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, comm: Comm, category: Category) -> Tensor:
         ctx.comm, ctx.category = comm, category
         gathered = x.new_empty((comm.world_size, *x.shape))
-        dist.all_gather_into_tensor(gathered, x.contiguous(), group=comm.group)
+        dist.all_gather(list(gathered.unbind()), x.contiguous(), group=comm.group)
         others = comm.world_size - 1
         comm.bytes_sent[category, "forward"] += others * x.numel() * x.element_size()
         return gathered

@@ -11,14 +11,19 @@ import torch
 from torch import Tensor
 
 from ultramem_ds.config.schema import MemoryConfig
-from ultramem_ds.sharding.comm import Comm
+from ultramem_ds.sharding.dimensionwise import DimensionWise
 from ultramem_ds.sharding.execution import Executor, Job
 from ultramem_ds.sharding.groups import TableGroups
 from ultramem_ds.sharding.numberwise import NumberWise
+from ultramem_ds.sharding.pooled import OwnerPooled
 from ultramem_ds.sharding.scheme import Local, Scheme
 from ultramem_ds.sharding.shard import TableShard
 
-_WIRE_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+SCHEMES: dict[str, type[Scheme[Any]]] = {
+    "number-wise": NumberWise,
+    "dimension-wise": DimensionWise,
+    "owner-pooled": OwnerPooled,
+}
 
 
 class ShardedLookup:
@@ -154,12 +159,5 @@ def build_lookup(
         groups: who shares this copy of the table, and where lookups run.
         memory: wire dtype, de-duplication, kernel.
     """
-    return ShardedLookup(_build_scheme(shard, scheme, groups.shard, memory), groups.executor)
-
-
-def _build_scheme(shard: TableShard, scheme: str, comm: Comm, memory: MemoryConfig) -> Scheme[Any]:
-    wire_dtype = _WIRE_DTYPES[memory.wire_dtype]
-    if comm.world_size == 1:
-        return Local(shard, memory.kernel)
-    assert scheme == "number-wise", scheme
-    return NumberWise(shard, comm, dedup=memory.dedup, wire_dtype=wire_dtype, kernel=memory.kernel)
+    make_scheme = Local if groups.shard.world_size == 1 else SCHEMES[scheme]
+    return ShardedLookup(make_scheme(shard, groups.shard, memory), groups.executor)

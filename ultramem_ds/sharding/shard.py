@@ -44,10 +44,11 @@ class TableShard:
 
     @property
     def grad_RV(self) -> Tensor:
-        """The fp32 accumulation buffer (R, V), made of zeros at first use."""
+        """The accumulation buffer (R, V), fp32 (fp64 for an fp64 table); zeros at first use."""
         if self._grad_RV is None:
-            device = self._read().device
-            self._grad_RV = torch.zeros(self.layout.shape, dtype=torch.float32, device=device)
+            values = self._read()
+            dtype = torch.promote_types(values.dtype, torch.float32)
+            self._grad_RV = torch.zeros(self.layout.shape, dtype=dtype, device=values.device)
         return self._grad_RV
 
     def grad_sink(self) -> Tensor | None:
