@@ -5,11 +5,16 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+import torch
+
 from ultramem_ds.sharding.comm import Comm, split_ranks
-from ultramem_ds.sharding.execution import Executor, InlineExecutor
+from ultramem_ds.sharding.execution import Executor, make_executor
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
+
+
+CPU = torch.device("cpu")
 
 
 @dataclass(frozen=True)
@@ -27,15 +32,23 @@ class TableGroups:
     executor: Executor
 
 
-def make_groups(shard_group_size: int = 0, *, group: ProcessGroup | None = None) -> TableGroups:
+def make_groups(
+    shard_group_size: int = 0,
+    *,
+    asynchronous: bool = False,
+    device: torch.device = CPU,
+    group: ProcessGroup | None = None,
+) -> TableGroups:
     """Makes the groups; all ranks of ``group`` together.
 
     Args:
         shard_group_size: ``memory.shard_group_size``, ranks per copy; 0 = all.
+        asynchronous: ``memory.async_lookup``, lookups run beside the blocks between a and b.
+        device: where this rank computes.
         group: the data-parallel group; None is the world.
 
     Raises:
         ValueError: the size does not divide the number of ranks.
     """
     shard, replicas = split_ranks(shard_group_size, group)
-    return TableGroups(shard, replicas, InlineExecutor())
+    return TableGroups(shard, replicas, make_executor(asynchronous, device))

@@ -102,8 +102,8 @@ class _Flight:
 
         self._executor = executor
         self._leaf_TKh = leaf_TKh
-        self._forward: Job[Tensor] = executor.submit(chain)
-        self._backward: Job[None] | None = None
+        self._forward: Job = executor.submit(chain)
+        self._backward: Job | None = None
 
     def land(self) -> Tensor:
         """The forward job's result, outside its graph."""
@@ -111,14 +111,19 @@ class _Flight:
 
     def turn_back(self, grad_TEV: Tensor) -> None:
         """Submits the chain's backward."""
-        pooled_TEV = self._forward.result()
-        self._backward = self._executor.submit(lambda: pooled_TEV.backward(grad_TEV))
+        pooled_TEV, leaf_TKh = self._forward.result(), self._leaf_TKh
 
-    def come_home(self) -> Tensor | None:
+        def chain_backward() -> Tensor:
+            pooled_TEV.backward(grad_TEV)
+            assert leaf_TKh.grad is not None
+            return leaf_TKh.grad
+
+        self._backward = self._executor.submit(chain_backward)
+
+    def come_home(self) -> Tensor:
         """Waits for the chain's backward; the scores' gradient."""
         assert self._backward is not None, "start's backward runs after wait's"
-        self._backward.result()
-        return self._leaf_TKh.grad
+        return self._backward.result()
 
 
 class _Start(torch.autograd.Function):
@@ -130,7 +135,7 @@ class _Start(torch.autograd.Function):
         return torch.zeros((), device=scores_TKh.device)
 
     @staticmethod
-    def backward(ctx: Any, _: Tensor) -> tuple[Tensor | None, None, None]:
+    def backward(ctx: Any, _: Tensor) -> tuple[Tensor, None, None]:
         return ctx.flight.come_home(), None, None
 
 

@@ -11,6 +11,7 @@ from typing import Generic, TypeVar
 
 import torch
 from torch import Tensor
+from torch.profiler import record_function
 
 from ultramem_ds.config.schema import MemoryConfig
 from ultramem_ds.kernels import lookup_reduce
@@ -47,8 +48,12 @@ class Scheme(ABC, Generic[RequestT]):
 
     def run(self, rows_TK: Tensor, projectors_TK: Tensor, scores_TKh: Tensor) -> Tensor:
         """pooled_TEV in the table's dtype: the three roles, one after the other."""
-        request = self.input_dist(rows_TK, projectors_TK, scores_TKh)
-        return self.output_dist(self.compute(request), request)
+        with record_function("ultramem::input_dist"):
+            request = self.input_dist(rows_TK, projectors_TK, scores_TKh)
+        with record_function("ultramem::compute"):
+            answer = self.compute(request)
+        with record_function("ultramem::output_dist"):
+            return self.output_dist(answer, request)
 
     @abstractmethod
     def input_dist(self, rows_TK: Tensor, projectors_TK: Tensor, scores_TKh: Tensor) -> RequestT:
