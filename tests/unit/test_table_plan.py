@@ -41,7 +41,7 @@ def test_bad_layouts_name_the_key():
     spec = TableSpec(num_rows=10, value_dim=6)
     with pytest.raises(ValueError, match=r"memory\.value_dim=6 divisible by the 4 ranks"):
         shard_layout(spec, "dimension-wise", 4, 0)
-    with pytest.raises(ValueError, match="memory.partition='rows' is none of"):
+    with pytest.raises(ValueError, match=r"memory\.partition='rows' is none of"):
         shard_layout(spec, "rows", 4, 0)
     with pytest.raises(ValueError, match="num_cores=4"):
         TableSpec(num_rows=10, value_dim=6, num_cores=4)

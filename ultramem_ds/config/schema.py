@@ -102,6 +102,8 @@ class MemoryConfig:
     shard_group_size: int = 0  # ranks that share one copy of the tables; 0 = all
     dedup: bool = False  # number-wise: ship each distinct row once per rank and step
     wire_dtype: Literal["fp32", "bf16"] = "fp32"  # dtype of rows and pooled values on the wire
+    wire_gb_per_s: float = 1.0  # GB/s a rank sends; decides partition=auto (`bench comm` measures it)
+    memory_gb_per_s: float = 10.0  # GB/s of random row reads; decides partition=auto
     async_lookup: bool = False  # overlap lookups with the blocks between a and b
     kernel: str = "auto"  # lookup_reduce implementation; auto = fastest available
     table_optimizer: Literal["dense", "row-sparse"] = "dense"  # Adam over the shard / touched rows
@@ -142,6 +144,10 @@ class MemoryConfig:
         _require(self.aux_loss_weight >= 0, "memory.aux_loss_weight must not be negative")
         _require(self.aux_loss_margin >= 0, "memory.aux_loss_margin must not be negative")
         _require(self.shard_group_size >= 0, "memory.shard_group_size must be 0 (all) or positive")
+        _require(
+            self.wire_gb_per_s > 0 and self.memory_gb_per_s > 0,
+            "memory.wire_gb_per_s and memory.memory_gb_per_s must be positive",
+        )
         _require(self.stats_every >= 0, "memory.stats_every must be 0 (never) or positive")
         _require(len(self.spans) >= 1, "memory.placement names no memory layer")
 

@@ -23,6 +23,37 @@ Category: TypeAlias = Literal["counts", "ids", "scores", "rows", "pooled", "grad
 Direction: TypeAlias = Literal["forward", "backward"]
 
 
+def split_ranks(
+    shard_group_size: int = 0, group: dist.ProcessGroup | None = None
+) -> tuple[Comm, Comm]:
+    """Cuts a group into contiguous sub-groups that each share one copy of the tables.
+
+    With 4 ranks and size 2, ranks (0, 1) and (2, 3) share a copy each; (0, 2) and (1, 3) hold the
+    same block and add their gradients. The process groups are new, so that lookups running beside
+    the model never mix with its own collectives. All ranks of ``group`` call this together.
+
+    Args:
+        shard_group_size: ranks per copy; 0 = all.
+        group: the data-parallel group; None is the world.
+
+    Returns:
+        The ranks that share this rank's copy, and the ranks that hold the same block.
+
+    Raises:
+        ValueError: the size does not divide the number of ranks.
+    """
+    ranks = dist.get_process_group_ranks(group if group is not None else dist.group.WORLD)
+    size = shard_group_size or len(ranks)
+    if len(ranks) % size:
+        raise ValueError(
+            f"memory.shard_group_size={size} must divide the {len(ranks)} data-parallel ranks"
+        )
+    copies = [ranks[first : first + size] for first in range(0, len(ranks), size)]
+    shard, _ = dist.new_subgroups_by_enumeration(copies)
+    replicas, _ = dist.new_subgroups_by_enumeration([list(block) for block in zip(*copies)])
+    return Comm(shard), Comm(replicas)
+
+
 class Comm:
     """Collectives of one process group, differentiable where gradients must travel back.
 
@@ -83,8 +114,8 @@ class Comm:
         if self.world_size > 1:
             dist.all_reduce(x, group=self.group)
         size = x.numel() * x.element_size()
-        self.bytes_sent["gradients", "backward"] += 2 * size * (self.world_size - 1) // (
-            self.world_size
+        self.bytes_sent["gradients", "backward"] += (
+            2 * size * (self.world_size - 1) // (self.world_size)
         )
         return x
 
@@ -137,7 +168,7 @@ class _AllGather(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, comm: Comm, category: Category) -> Tensor:
         ctx.comm, ctx.category = comm, category
         gathered = x.new_empty((comm.world_size, *x.shape))
-        dist.all_gather_into_tensor(gathered, x.contiguous(), group=comm.group)
+        dist.all_gather(list(gathered.unbind()), x.contiguous(), group=comm.group)
         others = comm.world_size - 1
         comm.bytes_sent[category, "forward"] += others * x.numel() * x.element_size()
         return gathered

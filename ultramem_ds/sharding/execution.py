@@ -1,36 +1,44 @@
-"""Where a lookup's chain of exchanges and reads runs while the model's blocks compute."""
+"""Where a lookup's chain of exchanges and reads runs while the model's blocks compute.
+
+Three executors behind one interface; which one is a setting, the results are the same bits.
+"""
 
 from __future__ import annotations
 
+import queue
+import threading
 from collections.abc import Callable
+from concurrent.futures import Future
 from dataclasses import dataclass
-from typing import Generic, Protocol, TypeVar
+from typing import Protocol, TypeAlias
 
-ResultT = TypeVar("ResultT")
-ResultT_co = TypeVar("ResultT_co", covariant=True)
+import torch
+from torch import Tensor
+
+Work: TypeAlias = Callable[[], Tensor]
 
 
-class Job(Protocol[ResultT_co]):
+class Job(Protocol):
     """Work handed to an executor."""
 
-    def result(self) -> ResultT_co:
-        """Waits for the work; returns its result or raises its error."""
+    def result(self) -> Tensor:
+        """Waits for the work; its result, or its error raised."""
 
 
 class Executor(Protocol):
-    """Runs jobs one after the other, in the order submitted."""
+    """Runs work one piece after the other, in the order submitted: the same on all ranks."""
 
-    def submit(self, work: Callable[[], ResultT]) -> Job[ResultT]:
+    def submit(self, work: Work) -> Job:
         """Starts ``work``, at once or behind what was submitted before."""
 
 
 @dataclass(frozen=True)
-class DoneJob(Generic[ResultT]):
+class DoneJob:
     """A job that ran inside ``submit``."""
 
-    value: ResultT
+    value: Tensor
 
-    def result(self) -> ResultT:
+    def result(self) -> Tensor:
         """The value."""
         return self.value
 
@@ -38,6 +46,77 @@ class DoneJob(Generic[ResultT]):
 class InlineExecutor:
     """Synchronous: the work is over when ``submit`` returns."""
 
-    def submit(self, work: Callable[[], ResultT]) -> DoneJob[ResultT]:
+    def submit(self, work: Work) -> DoneJob:
         """Runs ``work`` now."""
         return DoneJob(work())
+
+
+class ThreadExecutor:
+    """One worker thread, for CPU ranks: gloo waits and table reads leave the interpreter free.
+
+    The thread is a daemon: a rank that fails elsewhere can exit although its worker still waits in
+    a collective for the others.
+    """
+
+    def __init__(self) -> None:
+        self._queue: queue.SimpleQueue[tuple[Work, Future[Tensor]]] = queue.SimpleQueue()
+        threading.Thread(target=self._serve, name="table-lookups", daemon=True).start()
+
+    def submit(self, work: Work) -> Future[Tensor]:
+        """Queues ``work``."""
+        future: Future[Tensor] = Future()
+        self._queue.put((work, future))
+        return future
+
+    def _serve(self) -> None:
+        while True:
+            work, future = self._queue.get()
+            try:
+                future.set_result(work())
+            except BaseException as error:  # raised again where the result is asked for
+                future.set_exception(error)
+            # An idle worker must not keep the last lookup's tensors alive.
+            del work, future
+
+
+class StreamExecutor:
+    """One side stream, for CUDA ranks: kernels and NCCL run beside the current stream's.
+
+    The host sync on the counts of an exchange still happens inside ``submit``.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._stream = torch.cuda.Stream(device)
+
+    def submit(self, work: Work) -> StreamJob:
+        """Launches ``work`` behind everything that the current stream has been given."""
+        self._stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self._stream):
+            value = work()
+            return StreamJob(value, self._stream.record_event(), work)
+
+
+@dataclass(frozen=True)
+class StreamJob:
+    """Work under way on a side stream.
+
+    Holding ``work`` keeps its inputs, memory of the current stream, from being reused meanwhile.
+    """
+
+    value: Tensor
+    done: torch.cuda.Event
+    work: Work
+
+    def result(self) -> Tensor:
+        """Makes the current stream wait, not the host."""
+        current = torch.cuda.current_stream()
+        current.wait_event(self.done)
+        self.value.record_stream(current)
+        return self.value
+
+
+def make_executor(asynchronous: bool, device: torch.device) -> Executor:
+    """The executor for ``memory.async_lookup`` on ``device``."""
+    if not asynchronous:
+        return InlineExecutor()
+    return StreamExecutor(device) if device.type == "cuda" else ThreadExecutor()

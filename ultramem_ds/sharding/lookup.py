@@ -11,13 +11,19 @@ import torch
 from torch import Tensor
 
 from ultramem_ds.config.schema import MemoryConfig
-from ultramem_ds.sharding.comm import Comm
-from ultramem_ds.sharding.execution import Executor, InlineExecutor, Job
+from ultramem_ds.sharding.dimensionwise import DimensionWise
+from ultramem_ds.sharding.execution import Executor, Job
+from ultramem_ds.sharding.groups import TableGroups
 from ultramem_ds.sharding.numberwise import NumberWise
+from ultramem_ds.sharding.pooled import OwnerPooled
 from ultramem_ds.sharding.scheme import Local, Scheme
 from ultramem_ds.sharding.shard import TableShard
 
-_WIRE_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+SCHEMES: dict[str, type[Scheme[Any]]] = {
+    "number-wise": NumberWise,
+    "dimension-wise": DimensionWise,
+    "owner-pooled": OwnerPooled,
+}
 
 
 class ShardedLookup:
@@ -96,8 +102,8 @@ class _Flight:
 
         self._executor = executor
         self._leaf_TKh = leaf_TKh
-        self._forward: Job[Tensor] = executor.submit(chain)
-        self._backward: Job[None] | None = None
+        self._forward: Job = executor.submit(chain)
+        self._backward: Job | None = None
 
     def land(self) -> Tensor:
         """The forward job's result, outside its graph."""
@@ -105,14 +111,19 @@ class _Flight:
 
     def turn_back(self, grad_TEV: Tensor) -> None:
         """Submits the chain's backward."""
-        pooled_TEV = self._forward.result()
-        self._backward = self._executor.submit(lambda: pooled_TEV.backward(grad_TEV))
+        pooled_TEV, leaf_TKh = self._forward.result(), self._leaf_TKh
 
-    def come_home(self) -> Tensor | None:
+        def chain_backward() -> Tensor:
+            pooled_TEV.backward(grad_TEV)
+            assert leaf_TKh.grad is not None
+            return leaf_TKh.grad
+
+        self._backward = self._executor.submit(chain_backward)
+
+    def come_home(self) -> Tensor:
         """Waits for the chain's backward; the scores' gradient."""
         assert self._backward is not None, "start's backward runs after wait's"
-        self._backward.result()
-        return self._leaf_TKh.grad
+        return self._backward.result()
 
 
 class _Start(torch.autograd.Function):
@@ -124,7 +135,7 @@ class _Start(torch.autograd.Function):
         return torch.zeros((), device=scores_TKh.device)
 
     @staticmethod
-    def backward(ctx: Any, _: Tensor) -> tuple[Tensor | None, None, None]:
+    def backward(ctx: Any, _: Tensor) -> tuple[Tensor, None, None]:
         return ctx.flight.come_home(), None, None
 
 
@@ -142,23 +153,16 @@ class _Wait(torch.autograd.Function):
         return torch.zeros((), device=grad_TEV.device), None
 
 
-def build_lookup(shard: TableShard, scheme: str, comm: Comm, memory: MemoryConfig) -> ShardedLookup:
+def build_lookup(
+    shard: TableShard, scheme: str, groups: TableGroups, memory: MemoryConfig
+) -> ShardedLookup:
     """The lookup over this rank's shard of one table.
 
     Args:
         shard: this rank's block, laid out by ``shard_layout`` for the same scheme and group.
         scheme: a resolved ``memory.partition`` (not auto).
-        comm: the group that shares this copy of the table.
+        groups: who shares this copy of the table, and where lookups run.
         memory: wire dtype, de-duplication, kernel.
     """
-    return ShardedLookup(_build_scheme(shard, scheme, comm, memory), InlineExecutor())
-
-
-def _build_scheme(shard: TableShard, scheme: str, comm: Comm, memory: MemoryConfig) -> Scheme[Any]:
-    wire_dtype = _WIRE_DTYPES[memory.wire_dtype]
-    if comm.world_size == 1:
-        return Local(shard, memory.kernel)
-    assert scheme == "number-wise", scheme
-    return NumberWise(
-        shard, comm, dedup=memory.dedup, wire_dtype=wire_dtype, kernel=memory.kernel
-    )
+    make_scheme = Local if groups.shard.world_size == 1 else SCHEMES[scheme]
+    return ShardedLookup(make_scheme(shard, groups.shard, memory), groups.executor)

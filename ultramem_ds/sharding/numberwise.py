@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ultramem_ds.config.schema import MemoryConfig
 from ultramem_ds.kernels import lookup_reduce
 from ultramem_ds.sharding.comm import Comm
 from ultramem_ds.sharding.scheme import Scheme, Splits, agree_on_splits, count_bad_rows
@@ -34,40 +35,33 @@ class NumberWise(Scheme[NumberWiseRequest]):
     """Ids to the owners, rows back (their gradients the other way), weights stay at home.
 
     Goals: every rank reads only its own block, in whole rows; nothing of the table's size moves.
-    Phases: counts, ids, rows; in the backward one exchange, of the rows' gradients.
-
-    Args:
-        shard: this rank's rows.
-        comm: the group that shares the table.
-        dedup: each distinct row crosses the wire once per rank and lookup.
-        wire_dtype: dtype of the rows on the wire; pooling is in the table's dtype and up.
-        kernel: which lookup_reduce pools at home.
+    Phases: counts, ids, rows; in the backward one exchange, of the rows' gradients. With
+    ``memory.dedup`` each distinct row crosses the wire once per rank and lookup.
     """
 
-    def __init__(
-        self, shard: TableShard, comm: Comm, *, dedup: bool, wire_dtype: torch.dtype, kernel: str
-    ) -> None:
-        self.shard = shard
-        self.comm = comm
-        self.route = route_distinct if dedup else route_entries
-        self.wire_dtype = wire_dtype
-        self.kernel = kernel
+    def __init__(self, shard: TableShard, comm: Comm, memory: MemoryConfig) -> None:
+        super().__init__(shard, comm, memory)
+        self.route = route_distinct if memory.dedup else route_entries
 
     def input_dist(
         self, rows_TK: Tensor, projectors_TK: Tensor, scores_TKh: Tensor
     ) -> NumberWiseRequest:
+        """Row ids to their owners, 4 bytes each."""
         spec, block_rows = self.shard.spec, self.shard.layout.num_rows
         route = self.route(rows_TK, block_rows, self.comm.world_size)
-        splits = agree_on_splits(self.comm, route.counts_P, count_bad_rows(rows_TK, spec), spec)
+        num_bad = count_bad_rows(rows_TK, spec)
+        (splits,) = agree_on_splits(self.comm, (route.counts_P,), num_bad, spec)
         ids_M = route.send_M.to(id_dtype(block_rows))
         wanted_M = self.comm.all_to_all(ids_M, splits.send, splits.recv, "ids")
         return NumberWiseRequest(wanted_M, splits, route.position_TK, projectors_TK, scores_TKh)
 
     def compute(self, request: NumberWiseRequest) -> Tensor:
+        """The rows asked for, (M, V) in the wire's dtype."""
         rows_MV = gather_rows(self.shard, request.wanted_M.long())
         return rows_MV.to(self.wire_dtype)
 
     def output_dist(self, answer: Tensor, request: NumberWiseRequest) -> Tensor:
+        """Rows back to who asked, then weighting and pooling."""
         splits = request.splits
         received_MV = self.comm.all_to_all(answer, splits.recv, splits.send, "rows")
         return lookup_reduce(

@@ -17,9 +17,9 @@ from ultramem_ds.model.lm import LanguageModel
 from ultramem_ds.model.memory.lookup import ValueTable
 from ultramem_ds.optim.param_groups import build_param_groups
 from ultramem_ds.sharding import zero3
-from ultramem_ds.sharding.comm import Comm
 from ultramem_ds.sharding.deepspeed_import import deepspeed
 from ultramem_ds.sharding.experts import ExpertParallelMLP, canonical_name, expert_parallel_size
+from ultramem_ds.sharding.groups import make_groups
 from ultramem_ds.sharding.lookup import build_lookup
 from ultramem_ds.sharding.runtime import Ranks
 from ultramem_ds.sharding.shard import TableShard
@@ -102,17 +102,21 @@ def _install_tables(
     model: LanguageModel, config: Config, ranks: Ranks, dtype: torch.dtype, partition: str
 ) -> zero3.Zero3Tables:
     """Give every memory layer its rows and its lookup."""
-    comm = Comm()
+    groups = make_groups(
+        config.memory.shard_group_size,
+        asynchronous=config.memory.async_lookup,
+        device=ranks.device,
+    )
     params, shards = [], []
     for index, memory in enumerate(model.memories):
         param = memory.values.weight
         spec = TableSpec.from_config(config.memory, index)
-        layout = shard_layout(spec, partition, comm.world_size, comm.rank)
+        layout = shard_layout(spec, partition, groups.shard.world_size, groups.shard.rank)
         values_RV = torch.empty(layout.shape, dtype=dtype, device=ranks.device)
         fill_rows(values_RV, config, config.train.seed, index, layout.first_row)
         zero3.install_shard(param, values_RV, layout.full_shape)
-        shard = TableShard(spec, layout, lambda p=param: p.ds_tensor)
-        memory.lookup = build_lookup(shard, partition, comm, config.memory)
+        shard = TableShard(spec, layout, lambda p=param: p.ds_tensor, groups.replicas)
+        memory.lookup = build_lookup(shard, partition, groups, config.memory)
         params.append(param)
         shards.append(shard)
     return zero3.Zero3Tables(params, shards, ranks.world_size)

@@ -11,13 +11,17 @@ from typing import Generic, TypeVar
 
 import torch
 from torch import Tensor
+from torch.profiler import record_function
 
+from ultramem_ds.config.schema import MemoryConfig
 from ultramem_ds.kernels import lookup_reduce
 from ultramem_ds.sharding.comm import Comm
 from ultramem_ds.sharding.shard import TableShard
 from ultramem_ds.sharding.table_plan import TableSpec
 
 RequestT = TypeVar("RequestT")
+
+WIRE_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 class RowRangeError(RuntimeError):
@@ -29,12 +33,27 @@ class Scheme(ABC, Generic[RequestT]):
 
     Everything that the way back needs from the way out is in the request, nothing on the scheme.
     All ranks of the group run the same roles in the same order, also those without tokens.
+
+    Args:
+        shard: this rank's block of the table.
+        comm: the group that shares the table.
+        memory: ``wire_dtype`` of rows, sums and scores that travel (added up in fp32), ``kernel``.
     """
+
+    def __init__(self, shard: TableShard, comm: Comm, memory: MemoryConfig) -> None:
+        self.shard = shard
+        self.comm = comm
+        self.kernel = memory.kernel
+        self.wire_dtype = WIRE_DTYPES[memory.wire_dtype]
 
     def run(self, rows_TK: Tensor, projectors_TK: Tensor, scores_TKh: Tensor) -> Tensor:
         """pooled_TEV in the table's dtype: the three roles, one after the other."""
-        request = self.input_dist(rows_TK, projectors_TK, scores_TKh)
-        return self.output_dist(self.compute(request), request)
+        with record_function("ultramem::input_dist"):
+            request = self.input_dist(rows_TK, projectors_TK, scores_TKh)
+        with record_function("ultramem::compute"):
+            answer = self.compute(request)
+        with record_function("ultramem::output_dist"):
+            return self.output_dist(answer, request)
 
     @abstractmethod
     def input_dist(self, rows_TK: Tensor, projectors_TK: Tensor, scores_TKh: Tensor) -> RequestT:
@@ -61,19 +80,19 @@ class LocalRequest:
 class Local(Scheme[LocalRequest]):
     """The whole table on this rank: nothing travels."""
 
-    def __init__(self, shard: TableShard, kernel: str) -> None:
-        self.shard = shard
-        self.kernel = kernel
-
     def input_dist(
         self, rows_TK: Tensor, projectors_TK: Tensor, scores_TKh: Tensor
     ) -> LocalRequest:
+        """Checks the row ids; nothing travels."""
         num_bad = int(count_bad_rows(rows_TK, self.shard.spec))
         if num_bad:
-            raise RowRangeError(_range_message({0: num_bad}, self.shard.spec))
+            raise RowRangeError(
+                _range_message({self.comm.global_rank(0): num_bad}, self.shard.spec)
+            )
         return LocalRequest(rows_TK, projectors_TK, scores_TKh)
 
     def compute(self, request: LocalRequest) -> Tensor:
+        """Looks up, weights and pools, (T, E, V)."""
         return lookup_reduce(
             self.shard.values(),
             request.rows_TK,
@@ -85,6 +104,7 @@ class Local(Scheme[LocalRequest]):
         )
 
     def output_dist(self, answer: Tensor, request: LocalRequest) -> Tensor:
+        """The answer is at home."""
         return answer
 
 
@@ -101,32 +121,37 @@ def count_bad_rows(rows_TK: Tensor, spec: TableSpec) -> Tensor:
     return ((rows_TK < 0) | (rows_TK >= spec.num_rows)).sum()
 
 
-def agree_on_splits(comm: Comm, counts_P: Tensor, num_bad: Tensor, spec: TableSpec) -> Splits:
+def agree_on_splits(
+    comm: Comm, counts: tuple[Tensor, ...], num_bad: Tensor, spec: TableSpec
+) -> list[Splits]:
     """First phase of an exchange: everybody learns how much comes from whom.
 
     The one host sync of a lookup. Bad row ids travel with the counts, so that all ranks raise
     together instead of one raising and the others waiting for ever. Example on 2 ranks::
 
-        rank 0: counts_P [3, 1]  ->  send [3, 1], recv [3, 2]
-        rank 1: counts_P [2, 5]  ->  send [2, 5], recv [1, 5]
+        rank 0: counts [3, 1]  ->  send [3, 1], recv [3, 2]
+        rank 1: counts [2, 5]  ->  send [2, 5], recv [1, 5]
         then all_to_all moves 1 entry from rank 0 to 1 and 2 from rank 1 to 0.
 
     Args:
         comm: the group that shares the table.
-        counts_P: (P,) int64, entries for each rank.
+        counts: (P,) int64 each, how many things of one kind go to each rank.
         num_bad: 0-dim int64, see ``count_bad_rows``.
         spec: the table, for the message.
+
+    Returns:
+        The splits of each kind, as Python integers.
 
     Raises:
         RowRangeError: some rank had bad rows; on every rank of the group, naming that rank.
     """
-    sent_P2 = torch.stack([counts_P, num_bad.expand_as(counts_P)], dim=1)
-    received_P2 = comm.exchange_counts(sent_P2)
-    (send, _), (recv, bad) = torch.stack([sent_P2, received_P2]).transpose(1, 2).tolist()
+    sent_PX = torch.stack([*counts, num_bad.expand(comm.world_size)], dim=1)
+    received_PX = comm.exchange_counts(sent_PX)
+    (*sends, _), (*recvs, bad) = torch.stack([sent_PX, received_PX]).transpose(1, 2).tolist()
     offenders = {comm.global_rank(p): count for p, count in enumerate(bad) if count}
     if offenders:
         raise RowRangeError(_range_message(offenders, spec))
-    return Splits(send, recv)
+    return [Splits(send, recv) for send, recv in zip(sends, recvs)]
 
 
 def _range_message(offenders: dict[int, int], spec: TableSpec) -> str:

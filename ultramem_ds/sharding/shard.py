@@ -10,6 +10,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from ultramem_ds.sharding.comm import Comm
 from ultramem_ds.sharding.table_plan import ShardLayout, TableSpec
 
 
@@ -18,18 +19,22 @@ class TableShard:
 
     The values belong to somebody else (under ZeRO-3 to ``param.ds_tensor``, which may move), so
     they are asked for on every use. The gradient is the *sum* over the tokens of all ranks that
-    share this copy of the table and over all backward passes since ``zero_grad``; whoever
+    share this copy of the table and over all backward passes since ``zero_gradient``; whoever
     publishes it to an optimizer scales it.
 
     Args:
         spec: the whole table.
         layout: which block of it this is.
         read: returns this rank's values, any shape with layout.shape's number of elements.
+        replicas: the ranks that hold the same block in other copies of the table.
     """
 
-    def __init__(self, spec: TableSpec, layout: ShardLayout, read: Callable[[], Tensor]) -> None:
+    def __init__(
+        self, spec: TableSpec, layout: ShardLayout, read: Callable[[], Tensor], replicas: Comm
+    ) -> None:
         self.spec = spec
         self.layout = layout
+        self.replicas = replicas
         self._read = read
         self._grad_RV: Tensor | None = None
 
@@ -39,17 +44,25 @@ class TableShard:
 
     @property
     def grad_RV(self) -> Tensor:
-        """The fp32 accumulation buffer (R, V), made of zeros at first use."""
+        """The accumulation buffer (R, V), fp32 (fp64 for an fp64 table); zeros at first use."""
         if self._grad_RV is None:
-            device = self._read().device
-            self._grad_RV = torch.zeros(self.layout.shape, dtype=torch.float32, device=device)
+            values = self._read()
+            dtype = torch.promote_types(values.dtype, torch.float32)
+            self._grad_RV = torch.zeros(self.layout.shape, dtype=dtype, device=values.device)
         return self._grad_RV
 
     def grad_sink(self) -> Tensor | None:
         """Where a lookup's backward adds its gradient: ``grad_RV``, or None under no_grad."""
         return self.grad_RV if torch.is_grad_enabled() else None
 
-    def zero_grad(self) -> None:
+    def reduced_gradient(self) -> Tensor:
+        """``grad_RV`` summed over all copies of the table, in place: over all tokens of all ranks.
+
+        A collective; once per optimizer step, before the gradient is published.
+        """
+        return self.replicas.all_reduce_(self.grad_RV)
+
+    def zero_gradient(self) -> None:
         """Empties the buffer, to be called once its content has been published."""
         if self._grad_RV is not None:
             self._grad_RV.zero_()

@@ -161,6 +161,69 @@ def route_distinct(rows_TK: Tensor, block_rows: int, world_size: int) -> Route:
     return Route(distinct_M - owner_M * block_rows, counts_P, position_TK)
 
 
+@dataclass(frozen=True)
+class BagRoute:
+    """How entries leave for owners that pool them per (token, projector).
+
+    Entries are ordered by owner, then slot t * E + p, then k; ``order_M`` is that order as indices
+    into the flattened entries, ``send_M`` the row within the owner's block, ``slot_M`` the slot,
+    ``starts_M`` True where a bag begins. ``counts_P`` and ``bag_counts_P`` are per owner.
+    """
+
+    order_M: Tensor
+    send_M: Tensor
+    slot_M: Tensor
+    starts_M: Tensor
+    counts_P: Tensor
+    bag_counts_P: Tensor
+
+
+def route_bags(
+    rows_TK: Tensor,
+    projectors_TK: Tensor,
+    num_projectors: int,
+    block_rows: int,
+    world_size: int,
+) -> BagRoute:
+    """Sorts entries into bags, one per owner, token and projector.
+
+    Example with P = 2, R = 4, E = 2: rows [[5, 1, 7], [1, 6, 2]], projectors [[0, 0, 0],
+    [1, 0, 1]]. Owner 0 gets token 0's row 1 (slot 0) and token 1's rows 1, 2 (slot 3); owner 1
+    gets rows 5, 7 of slot 0 and row 6 of slot 2. Sent are [1, 1, 2 | 1, 3, 2], bags start at
+    [T, T, F | T, F, T], order is [1, 3, 5 | 0, 2, 4].
+    """
+    num_tokens = rows_TK.shape[0]
+    rows_M = rows_TK.reshape(-1)
+    owner_M = torch.div(rows_M, block_rows, rounding_mode="floor").clamp_(0, world_size - 1)
+    token_T1 = torch.arange(num_tokens, device=rows_TK.device)[:, None]
+    slot_M = (token_T1 * num_projectors + projectors_TK).reshape(-1)
+    num_slots = num_tokens * num_projectors
+    key_M, order_M = torch.sort(owner_M * num_slots + slot_M, stable=True)
+    starts_M = torch.ones_like(key_M, dtype=torch.bool)
+    starts_M[1:] = key_M[1:] != key_M[:-1]
+    owner_M = owner_M[order_M]
+    return BagRoute(
+        order_M=order_M,
+        send_M=rows_M[order_M] - owner_M * block_rows,
+        slot_M=slot_M[order_M],
+        starts_M=starts_M,
+        counts_P=torch.bincount(owner_M, minlength=world_size),
+        bag_counts_P=torch.bincount(owner_M[starts_M], minlength=world_size),
+    )
+
+
+def mark_bag_starts(rows_M: Tensor, starts_M: Tensor) -> Tensor:
+    """Row ids with the first of each bag complemented (-1 - id): the sign bit costs no bytes."""
+    return torch.where(starts_M, ~rows_M, rows_M)
+
+
+def bag_starts(marked_M: Tensor, num_bags: int) -> tuple[Tensor, Tensor]:
+    """Undoes ``mark_bag_starts``: int64 rows_M, and offsets_B1 of the bags among them."""
+    starts_B = torch.nonzero_static(marked_M < 0, size=num_bags).view(-1)
+    offsets_B1 = torch.cat([starts_B, starts_B.new_tensor([marked_M.numel()])])
+    return torch.where(marked_M < 0, ~marked_M, marked_M).long(), offsets_B1
+
+
 def column_pieces(spec: TableSpec, layout: ShardLayout) -> list[int]:
     """The core that scores each equal piece of a rank's columns, in column order.
 

@@ -106,6 +106,6 @@ class Zero3Tables:
     def publish_gradients(self) -> None:
         """Hand the accumulated gradients to ZeRO; once per optimizer step, before ``engine.step``."""
         for param, shard in zip(self.params, self.shards):
-            grad_RV = shard.grad_RV.div_(self.world_size)
+            grad_RV = shard.reduced_gradient().div_(self.world_size)
             deepspeed.utils.safe_set_local_grad(param, grad_RV.flatten())
-            shard.zero_grad()
+            shard.zero_gradient()

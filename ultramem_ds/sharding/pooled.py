@@ -1,0 +1,87 @@
+"""Owner-pooled partition: whole rows on each rank, the owner weights and pools, sums travel.
+
+Letters: T tokens, K rows per token, h cores, M entries on the move, B bags on the move (one per
+token, projector and owner), V value width, R rows on this rank, E expansion, P ranks.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ultramem_ds.kernels import bag_reduce
+from ultramem_ds.sharding.scheme import Scheme, Splits, agree_on_splits, count_bad_rows
+from ultramem_ds.sharding.table_plan import bag_starts, id_dtype, mark_bag_starts, route_bags
+
+
+@dataclass(frozen=True)
+class OwnerPooledRequest:
+    """The bags this rank pools for the group, and where home adds the sums that come back."""
+
+    wanted_M: Tensor  # rows of this rank's block, by asking rank and bag; starts of bags marked
+    scores_Mh: Tensor  # their scores, in the wire's dtype
+    bag_splits: Splits  # bags asked of each rank, and by each rank
+    slot_B: Tensor  # t * E + p of each bag asked, in the order asked
+    num_tokens: int  # T
+
+
+class OwnerPooled(Scheme[OwnerPooledRequest]):
+    """Ids and scores to the owners, one partial sum per (token, projector, owner) back.
+
+    Goals: as number-wise, every rank reads its own block in whole rows; but up to K / E rows of a
+    token become one vector before they travel. Phases: counts, ids, scores, sums; in the backward
+    the sums' gradients go out and the scores' gradients come home. Which entries form a bag costs
+    no bytes: the sign bit of the first id of each bag tells.
+    """
+
+    def input_dist(
+        self, rows_TK: Tensor, projectors_TK: Tensor, scores_TKh: Tensor
+    ) -> OwnerPooledRequest:
+        """Row ids (4 bytes each) and scores to the owners, sorted by owner, token, projector."""
+        spec, block_rows = self.shard.spec, self.shard.layout.num_rows
+        route = route_bags(
+            rows_TK, projectors_TK, spec.num_projectors, block_rows, self.comm.world_size
+        )
+        splits, bag_splits = agree_on_splits(
+            self.comm, (route.counts_P, route.bag_counts_P), count_bad_rows(rows_TK, spec), spec
+        )
+        ids_M = mark_bag_starts(route.send_M, route.starts_M).to(id_dtype(block_rows))
+        scores_Mh = scores_TKh.flatten(0, 1).index_select(0, route.order_M).to(self.wire_dtype)
+        return OwnerPooledRequest(
+            self.comm.all_to_all(ids_M, splits.send, splits.recv, "ids"),
+            self.comm.all_to_all(scores_Mh, splits.send, splits.recv, "scores"),
+            bag_splits,
+            route.slot_M[route.starts_M],
+            rows_TK.shape[0],
+        )
+
+    def compute(self, request: OwnerPooledRequest) -> Tensor:
+        """One weighted sum per bag asked for, (B, V) in the wire's dtype."""
+        rows_M, offsets_B1 = bag_starts(request.wanted_M, sum(request.bag_splits.recv))
+        sums_BV = bag_reduce(
+            self.shard.values(),
+            rows_M,
+            offsets_B1,
+            request.scores_Mh,
+            grad_values_RV=self.shard.grad_sink(),
+            kernel=self.kernel,
+        )
+        return sums_BV.to(self.wire_dtype)
+
+    def output_dist(self, answer: Tensor, request: OwnerPooledRequest) -> Tensor:
+        """Sums back to who asked, added per (token, projector) over the owners in rank order."""
+        splits, spec = request.bag_splits, self.shard.spec
+        received_BV = self.comm.all_to_all(answer, splits.recv, splits.send, "pooled")
+        dtype = self.shard.values().dtype
+        num_slots = request.num_tokens * spec.num_projectors
+        pooled_SV = received_BV.new_zeros(
+            (num_slots, spec.value_dim), dtype=torch.promote_types(dtype, torch.float32)
+        )
+        for slot_B, sums_BV in zip(
+            request.slot_B.split(splits.send), received_BV.split(splits.send)
+        ):
+            # One owner names a slot once: the order of additions is fixed, on CUDA too.
+            pooled_SV = pooled_SV.index_add_(0, slot_B, sums_BV.to(pooled_SV.dtype))
+        return pooled_SV.to(dtype).view(-1, spec.num_projectors, spec.value_dim)
