@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from pydoc_data.topics import topics
 
 import pytest
 import torch
-from pydoc_data.topics import topics
 
 from ultramem_ds.data.prepare import PrepareConfig, prepare
 from ultramem_ds.data.tokenizer_training import train_on_inputs

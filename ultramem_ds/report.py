@@ -42,7 +42,10 @@ def plot_losses(runs: Sequence[dict[str, Any]], path: Path, smooth: int = 20) ->
         losses = [record["loss"] for record in run["metrics"]]
         if not tokens:
             continue
-        mean = [sum(losses[max(0, i - smooth + 1) : i + 1]) / min(smooth, i + 1) for i in range(len(losses))]
+        mean = [
+            sum(losses[max(0, i - smooth + 1) : i + 1]) / min(smooth, i + 1)
+            for i in range(len(losses))
+        ]
         axes[0].plot(tokens, mean, label=run["name"])
         at_step = {record["step"]: record["tokens"] for record in run["metrics"]}
         points = [(at_step[v["step"]], v["all"]) for v in run["validation"] if v["step"] in at_step]
@@ -65,7 +68,9 @@ def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     widths = [max(len(cell) for cell in column) for column in columns]
 
     def line(cells: Sequence[str]) -> str:
-        padded = [c.ljust(w) if i == 0 else c.rjust(w) for i, (c, w) in enumerate(zip(cells, widths))]
+        padded = [
+            c.ljust(w) if i == 0 else c.rjust(w) for i, (c, w) in enumerate(zip(cells, widths))
+        ]
         return "| " + " | ".join(padded) + " |"
 
     rule = ["-" * w if i == 0 else "-" * (w - 1) + ":" for i, w in enumerate(widths)]

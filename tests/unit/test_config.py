@@ -33,7 +33,7 @@ def test_overrides_take_their_types() -> None:
     config = load_config(
         "ultramem-debug",
         ["train.max_steps=7", "optim.lr=1e-3", "memory.softmax=false", "data.weights.docs=0.5"]
-        + ["memory.candidates=two-sided", "train.micro_batch_size=auto", 'data.weights.c4=1'],
+        + ["memory.candidates=two-sided", "train.micro_batch_size=auto", "data.weights.c4=1"],
     )
     assert config.train.max_steps == 7 and config.optim.lr == 1e-3
     assert config.memory.candidates == "two-sided" and config.train.micro_batch_size == "auto"

@@ -69,5 +69,7 @@ def run(arguments: argparse.Namespace) -> int:
         return 0
     print(f"{'subset':<24}{'loss':>10}{'perplexity':>14}{'bits/byte':>12}{'tokens':>14}")
     for name, r in losses.items():
-        print(f"{name:<24}{r.loss:>10.4f}{r.perplexity:>14.2f}{r.bits_per_byte:>12.4f}{r.tokens:>14,}")
+        print(
+            f"{name:<24}{r.loss:>10.4f}{r.perplexity:>14.2f}{r.bits_per_byte:>12.4f}{r.tokens:>14,}"
+        )
     return 0

@@ -50,7 +50,9 @@ def run(arguments: argparse.Namespace) -> int:
     ids: list[int] = []
     shown = ""
     print(arguments.prompt, end="", flush=True)
-    for token in stream(model, prompt or [tokenizer.eos_id], sampling, tokenizer.eos_id, tokenizer.vocab_size):
+    for token in stream(
+        model, prompt or [tokenizer.eos_id], sampling, tokenizer.eos_id, tokenizer.vocab_size
+    ):
         ids.append(token)
         text = tokenizer.decode(ids)
         if not text.endswith("\ufffd"):  # an incomplete UTF-8 sequence waits for its next token

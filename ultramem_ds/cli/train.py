@@ -14,8 +14,8 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
         help="train a preset; resumes by itself",
         description="Train PRESET on prepared data. Run it again to resume: the run directory's "
         "latest checkpoint is used. A finished run says so and exits 0.",
-        epilog="Example: deepspeed --num_gpus 2 --no_local_rank --module ultramem_ds train --preset "
-        "ultramem-debug --data runs/demo/data --run-dir runs/mine train.max_steps=50",
+        epilog="Example: deepspeed --num_gpus 2 --no_local_rank --module ultramem_ds train "
+        "--preset ultramem-debug --data runs/demo/data --run-dir runs/mine train.max_steps=50",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     parser.add_argument("--preset", required=True, help="name of a preset; `count` lists them")

@@ -1,12 +1,13 @@
 """From a file of ``ds_configs/`` to the dict that ``deepspeed.initialize`` gets.
 
-The JSON files say what is a choice (ZeRO stage, offload, buckets). This module fills in what follows
-from the run's configuration and world size: batch sizes, accumulation, precision, clipping.
+The JSON files say what is a choice (ZeRO stage, offload, buckets). This module fills in what
+follows from the run's configuration and world size: batch sizes, accumulation, precision, clipping.
 """
 
 from __future__ import annotations
 
 import json
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -113,11 +114,13 @@ def plan_batches(config: Config, world_size: int) -> BatchPlan:
             f"the nearest that can is {max(1, round(G / world_size)) * world_size}"
         )
     per_rank = G // world_size
-    micro = config.train.micro_batch_size
-    if micro == "auto":
+    asked = config.train.micro_batch_size
+    if asked == "auto":
         limit = _free_bytes_per_rank() // 2 // activation_bytes_per_sequence(config)
         micro = max(d for d in range(1, per_rank + 1) if per_rank % d == 0 and d <= max(1, limit))
-    elif per_rank % micro:
+    else:
+        micro = asked
+    if per_rank % micro:
         raise ValueError(
             f"train.micro_batch_size={micro} does not divide train.global_batch_size={G} / "
             f"{world_size} ranks = {per_rank}"
@@ -155,8 +158,6 @@ def _free_bytes_per_rank() -> int:
 
 
 def _local_world_size() -> int:
-    import os
-
     return int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or 1)
 
 

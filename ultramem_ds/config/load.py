@@ -129,5 +129,7 @@ def _explain(error: ValidationError) -> str:
         known = (*valid_keys(), "preset", "model", "memory", "moe", "optim", "train", "data")
         near = difflib.get_close_matches(key, known, n=1, cutoff=0.0)[0]
         return f"unknown key {key!r}; the nearest valid key is {near!r}"
-    wanted = "; ".join(dict.fromkeys(str(e["msg"]) for e in error.errors() if e["loc"][:2] == first["loc"][:2]))
+    wanted = "; ".join(
+        dict.fromkeys(str(e["msg"]) for e in error.errors() if e["loc"][:2] == first["loc"][:2])
+    )
     return f"{key}={first['input']!r}: {wanted}"

@@ -102,7 +102,9 @@ class MemoryConfig:
     shard_group_size: int = 0  # ranks that share one copy of the tables; 0 = all
     dedup: bool = False  # number-wise: ship each distinct row once per rank and step
     wire_dtype: Literal["fp32", "bf16"] = "fp32"  # dtype of rows and pooled values on the wire
-    wire_gb_per_s: float = 1.0  # GB/s a rank sends; decides partition=auto (`bench comm` measures it)
+    wire_gb_per_s: float = (
+        1.0  # GB/s a rank sends; decides partition=auto (`bench comm` measures it)
+    )
     memory_gb_per_s: float = 10.0  # GB/s of random row reads; decides partition=auto
     async_lookup: bool = False  # overlap lookups with the blocks between a and b
     kernel: str = "auto"  # lookup_reduce implementation; auto = fastest available

@@ -71,7 +71,9 @@ def unigram_entropy(data: Path, vocab_size: int) -> float:
     for split, directory in (("train", data), ("validation", data / "validation")):
         total = np.zeros(vocab_size, dtype=np.int64)
         for prefix in sorted(directory.glob("*.idx")):
-            total += np.bincount(IndexedDataset(prefix.with_suffix("")).tokens, minlength=vocab_size)
+            dataset = IndexedDataset(prefix.with_suffix(""))
+            ids = dataset.tokens(0, dataset.num_tokens)
+            total += np.bincount(ids, minlength=vocab_size)
         counts[split] = total
     model = (counts["train"] + 1) / (counts["train"] + 1).sum()
     return float(-(counts["validation"] * np.log(model)).sum() / counts["validation"].sum())

@@ -10,7 +10,6 @@ import json
 import sysconfig
 from collections.abc import Iterator
 from pathlib import Path
-
 from pydoc_data.topics import topics
 
 from ultramem_ds.utils.files import write_text

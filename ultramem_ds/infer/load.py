@@ -37,7 +37,7 @@ def load_model(path: Path, device: torch.device | str = "cpu") -> LanguageModel:
     with torch.device("meta"):
         model = LanguageModel(from_dict(state.config))
     model.to_empty(device=device)
-    wanted = dict(model.named_parameters())
+    wanted: dict[str, Tensor] = dict(model.named_parameters())
     wanted |= {n: b for n, b in model.named_buffers() if n in model.state_dict()}
     missing = set(wanted)
     for name, value in _stored(checkpoint, state, model):

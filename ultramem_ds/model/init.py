@@ -270,3 +270,31 @@ def fill_rows(out_RV: Tensor, config: Config, seed: int, table_index: int, first
         low, high = max(begin, first_row), min(begin + TABLE_BLOCK_ROWS, end_row)
         with torch.no_grad():
             out_RV[low - first_row : high - first_row].copy_(block[low - begin : high - begin])
+
+
+def fill_block(
+    out_RC: Tensor, config: Config, seed: int, table_index: int, first_row: int, first_column: int
+) -> None:
+    """Fill a block of rows and columns of a value table, equal to the same cut of the whole table.
+
+    Rows past the table's end are padding and get numbers too; nothing looks them up.
+
+    Args:
+        out_RC: R rows of C columns, any dtype and device.
+        config: The model's configuration.
+        seed: ``train.seed``.
+        table_index: 0-based memory layer.
+        first_row: Global row of ``out_RC[0]``.
+        first_column: Column of the table at ``out_RC[:, 0]``.
+    """
+    num_rows, num_columns = out_RC.shape
+    if num_columns == config.memory.value_dim:
+        fill_rows(out_RC, config, seed, table_index, first_row)
+        return
+    rows_BV = torch.empty(TABLE_BLOCK_ROWS, config.memory.value_dim)
+    end_column = first_column + num_columns
+    for begin in range(0, num_rows, TABLE_BLOCK_ROWS):
+        part_BC = out_RC[begin : begin + TABLE_BLOCK_ROWS]
+        fill_rows(rows_BV[: len(part_BC)], config, seed, table_index, first_row + begin)
+        with torch.no_grad():
+            part_BC.copy_(rows_BV[: len(part_BC), first_column:end_column])

@@ -6,7 +6,7 @@ Letters: B sequences, S tokens per sequence, D hidden, W vocabulary.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Protocol, TypedDict
+from typing import Protocol, TypedDict, cast
 
 import torch
 import torch.nn.functional as F
@@ -122,9 +122,12 @@ class LanguageModel(nn.Module):
             same_BSS = doc_begins_BS.unsqueeze(2) == doc_begins_BS.unsqueeze(1)
             mask_BSS = (same_BSS & (index_S <= index_S.unsqueeze(1))).unsqueeze(1)
         x_BSD = self.dropout(self.embedding(tokens_BS))
-        cos_BSK, sin_BSK = rotary_tables(positions_BS, model.head_dim, model.rope_theta, x_BSD.dtype)
+        cos_BSK, sin_BSK = rotary_tables(
+            positions_BS, model.head_dim, model.rope_theta, x_BSD.dtype
+        )
         context = AttentionContext(cos_BSK, sin_BSK, mask_BSS)
         recompute = self.config.train.activation_checkpointing and self.training
+        memories = self.memory_layers
         pending: dict[int, PendingMemory] = {}
         balance, counts, aux = [], [], []
         for i, block in enumerate(self.blocks):
@@ -139,12 +142,12 @@ class LanguageModel(nn.Module):
                 counts.append(out.expert_counts)
             for j in self.placement.starts[i]:
                 conv = None if state is None else state.conv[j]
-                pending[j] = self.memories[j].start(out.mlp_input_BSD, doc_starts_BS, conv)
+                pending[j] = memories[j].start(out.mlp_input_BSD, doc_starts_BS, conv)
                 if state is not None:
                     state.conv[j] = pending[j].conv_state
                 aux.append(pending[j].aux_loss)
             for j in self.placement.finishes[i]:
-                x_BSD = x_BSD + self.memories[j].finish(pending.pop(j))
+                x_BSD = x_BSD + memories[j].finish(pending.pop(j))
         return self.final_norm(x_BSD), balance, counts, aux
 
     def logits(self, tokens_BS: Tensor, state: DecodeState | None = None) -> Tensor:
@@ -166,7 +169,9 @@ class LanguageModel(nn.Module):
         inputs_BS, targets_BS = tokens_BS1[:, :-1], tokens_BS1[:, 1:]
         x_BSD, balance, counts, aux = self.hidden(inputs_BS, doc_begins_BS, positions_BS)
         logits_BSW = self.head(x_BSD)
-        loss = F.cross_entropy(logits_BSW[..., :vocab_limit].float().flatten(0, 1), targets_BS.reshape(-1))
+        loss = F.cross_entropy(
+            logits_BSW[..., :vocab_limit].float().flatten(0, 1), targets_BS.reshape(-1)
+        )
         zero = loss.new_zeros(())
         config = self.config
         return LossTerms(
@@ -180,9 +185,14 @@ class LanguageModel(nn.Module):
             ),
         )
 
+    @property
+    def memory_layers(self) -> tuple[MemoryLayer, ...]:
+        """The memory layers in order of placement."""
+        return tuple(cast(MemoryLayer, memory) for memory in self.memories)
+
     def mark_stale(self) -> None:
         """Tell memory layers that weights changed; call after every optimizer step and load."""
-        for memory in self.memories:
+        for memory in self.memory_layers:
             memory.mark_stale()
 
 

@@ -1,10 +1,10 @@
 """The pre-norm decoder block that every kind shares: rotary attention and an MLP.
 
-Nothing here knows of ranks. An MLP is anything that maps ``(B, S, D)`` to an :class:`MLPOutput`: the
-dense one below, the local mixture of experts of ``model/moe``, or DeepSpeed's, which
+Nothing here knows of ranks. An MLP is anything that maps ``(B, S, D)`` to an :class:`MLPOutput`:
+the dense one below, the local mixture of experts of ``model/moe``, or DeepSpeed's, which
 ``sharding/parallelize`` installs.
 
-Letters: B sequences, S tokens per sequence, D hidden, A attention heads, F inner width, K head width.
+Letters: B sequences, S tokens per sequence, D hidden, A attention heads, K head width.
 """
 
 from __future__ import annotations
@@ -37,8 +37,8 @@ class AttentionContext:
     Attributes:
         cos_BSK: cosines of the rotary angles, ``(1 or B, S, K)``, the activations' dtype.
         sin_BSK: sines, same shape.
-        mask_BSS: True where a query (row) may attend to a key (column), ``(1 or B, 1, S, S_total)``;
-            None means plain causal attention.
+        mask_BSS: True where a query (row) may attend to a key (column), ``(1 or B, 1, S,
+            S_total)``; None means plain causal attention.
     """
 
     cos_BSK: Tensor
@@ -84,7 +84,7 @@ def make_norm(kind: Literal["layernorm", "rmsnorm"], width: int, eps: float) -> 
 
 
 def make_linear(in_features: int, out_features: int, init: str = "matrix") -> nn.Linear:
-    """A linear map without bias, of role ``matrix``, filled as line ``init`` of ``model/init.py``."""
+    """A bias-free linear map of role ``matrix``, filled as line ``init`` of ``model/init.py``."""
     linear = nn.Linear(in_features, out_features, bias=False)
     tag(linear.weight, role="matrix", init=init)
     return linear

@@ -58,7 +58,9 @@ def build_param_groups(
         seen[id(param)] = name
         role = getattr(param, "role", None)
         if role not in _GROUP_OF_ROLE:
-            raise ValueError(f"parameter {name} has role {role!r}, not one of {list(_GROUP_OF_ROLE)}")
+            raise ValueError(
+                f"parameter {name} has role {role!r}, not one of {list(_GROUP_OF_ROLE)}"
+            )
         if not param.requires_grad:
             continue
         key = _GROUP_OF_ROLE[role]

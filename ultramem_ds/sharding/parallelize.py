@@ -12,15 +12,15 @@ from torch import nn
 
 from ultramem_ds.config.deepspeed import zero_stage
 from ultramem_ds.config.schema import Config
-from ultramem_ds.model.init import fill_rows, init_parameter
+from ultramem_ds.model.init import fill_block, init_parameter
 from ultramem_ds.model.lm import LanguageModel
-from ultramem_ds.model.memory.lookup import ValueTable
 from ultramem_ds.optim.param_groups import build_param_groups
 from ultramem_ds.sharding import zero3
 from ultramem_ds.sharding.deepspeed_import import deepspeed
 from ultramem_ds.sharding.experts import ExpertParallelMLP, canonical_name, expert_parallel_size
-from ultramem_ds.sharding.groups import make_groups
+from ultramem_ds.sharding.groups import TableGroups, make_groups
 from ultramem_ds.sharding.lookup import build_lookup
+from ultramem_ds.sharding.planner import resolve_partition
 from ultramem_ds.sharding.runtime import Ranks
 from ultramem_ds.sharding.shard import TableShard
 from ultramem_ds.sharding.table_plan import TableSpec, shard_layout
@@ -52,28 +52,30 @@ def parallelize(config: Config, ranks: Ranks, engine_config: dict[str, Any]) -> 
        ZeRO-1/2; kind moe gets DeepSpeed's MoE layer in place of each MLP;
     2. initialise every parameter from (seed, name), experts by their global index: the same values
        for any number of ranks;
-    3. fill this rank's rows of each value table and install them as its ZeRO-3 partition;
+    3. fill this rank's block of each value table and install it as its ZeRO-3 partition;
     4. sort parameters into optimizer groups by role, split off experts for DeepSpeed;
     5. ``deepspeed.initialize``;
     6. exempt the tables from ZeRO-3's persistence and hand each memory layer its sharded lookup.
     """
-    dtype = torch.bfloat16 if config.train.precision == "bf16" else torch.float32
     partitioned = zero_stage(engine_config) == 3
     first_expert = 0
-    make_mlp = None
+    make_mlp = make_table = groups = None
     if config.model.kind == "moe":
         ep_size = expert_parallel_size(config, ranks.world_size)
         first_expert = (ranks.rank % ep_size) * (config.moe.num_experts // ep_size)
         make_mlp = lambda _: ExpertParallelMLP(config, ep_size)  # noqa: E731
+    if config.has_memory:
+        groups = make_groups(
+            config.memory.shard_group_size,
+            asynchronous=config.memory.async_lookup,
+            device=ranks.device,
+        )
+        make_table = lambda i: zero3.TablePlaceholder(groups.shard, i)  # noqa: E731
     construction = (
-        zero3.partitioned_construction(engine_config)
-        if partitioned
-        else contextlib.nullcontext()
+        zero3.partitioned_construction(engine_config) if partitioned else contextlib.nullcontext()
     )
     with construction, contextlib.redirect_stdout(sys.stderr):
-        model = LanguageModel(
-            config, make_mlp, make_table=lambda i: ValueTable(ranks.world_size, 1, table_index=i)
-        )
+        model = LanguageModel(config, make_mlp, make_table)
     named = [
         (canonical_name(name, first_expert), param)
         for name, param in model.named_parameters()
@@ -88,10 +90,10 @@ def parallelize(config: Config, ranks: Ranks, engine_config: dict[str, Any]) -> 
     else:
         for name, param in named:
             fill(name, param)
-    partition = "number-wise" if config.has_memory else ""
-    tables = None
-    if config.has_memory:
-        tables = _install_tables(model, config, ranks, dtype, partition)
+    partition, tables = "", None
+    if groups is not None:
+        partition = resolve_partition(config, ranks.world_size)
+        tables = _install_tables(model, config, ranks, groups, partition)
     engine = _initialize(model, config, engine_config)
     if tables is not None:
         tables.keep_partitioned(engine)
@@ -99,23 +101,21 @@ def parallelize(config: Config, ranks: Ranks, engine_config: dict[str, Any]) -> 
 
 
 def _install_tables(
-    model: LanguageModel, config: Config, ranks: Ranks, dtype: torch.dtype, partition: str
+    model: LanguageModel, config: Config, ranks: Ranks, groups: TableGroups, partition: str
 ) -> zero3.Zero3Tables:
-    """Give every memory layer its rows and its lookup."""
-    groups = make_groups(
-        config.memory.shard_group_size,
-        asynchronous=config.memory.async_lookup,
-        device=ranks.device,
-    )
+    """Give every memory layer its block of the table and its lookup."""
+    dtype = torch.bfloat16 if config.train.precision == "bf16" else torch.float32
     params, shards = [], []
-    for index, memory in enumerate(model.memories):
+    for index, memory in enumerate(model.memory_layers):
         param = memory.values.weight
         spec = TableSpec.from_config(config.memory, index)
         layout = shard_layout(spec, partition, groups.shard.world_size, groups.shard.rank)
         values_RV = torch.empty(layout.shape, dtype=dtype, device=ranks.device)
-        fill_rows(values_RV, config, config.train.seed, index, layout.first_row)
+        fill_block(
+            values_RV, config, config.train.seed, index, layout.first_row, layout.first_column
+        )
         zero3.install_shard(param, values_RV, layout.full_shape)
-        shard = TableShard(spec, layout, lambda p=param: p.ds_tensor, groups.replicas)
+        shard = TableShard(spec, layout, zero3.shard_reader(param), groups.replicas)
         memory.lookup = build_lookup(shard, partition, groups, config.memory)
         params.append(param)
         shards.append(shard)
@@ -142,7 +142,7 @@ def make_optimizer(
 ) -> torch.optim.Optimizer:
     """AdamW over role groups: DeepSpeed's CPU kernel under offload, torch's otherwise."""
     optim = config.optim
-    settings = dict(lr=optim.lr, betas=(optim.beta1, optim.beta2), eps=optim.eps)
+    settings: dict[str, Any] = dict(lr=optim.lr, betas=(optim.beta1, optim.beta2), eps=optim.eps)
     offload = engine_config.get("zero_optimization", {}).get("offload_optimizer", {})
     if offload.get("device", "none") != "none":
         return deepspeed.ops.adam.DeepSpeedCPUAdam(groups, adamw_mode=True, **settings)

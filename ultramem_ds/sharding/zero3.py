@@ -24,6 +24,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ultramem_ds.model.memory.lookup import ValueTable
+from ultramem_ds.sharding.comm import Comm
 from ultramem_ds.sharding.deepspeed_import import deepspeed
 from ultramem_ds.sharding.shard import TableShard
 
@@ -50,7 +52,26 @@ def fill_partitioned(
                 fill(name, param)
 
 
-def install_shard(param: nn.Parameter, values: Tensor, full_shape: tuple[int, ...]) -> None:
+class TablePlaceholder(ValueTable):
+    """A value table before its shards are installed: one element per rank that shares a copy.
+
+    Args:
+        comm: the ranks that share one copy; ZeRO-3 partitions over them.
+        table_index: 0-based number of the memory layer.
+    """
+
+    def __init__(self, comm: Comm, table_index: int) -> None:
+        super().__init__(comm.world_size, 1, table_index)
+        if comm.group is not None:  # read by zero.Init when this constructor returns
+            self.weight.ds_zero_partition_process_group = comm.group  # type: ignore[attr-defined]
+
+
+def shard_reader(param: Any) -> Callable[[], Tensor]:
+    """What a :class:`TableShard` reads: the partition, wherever ZeRO keeps it at that moment."""
+    return lambda: param.ds_tensor
+
+
+def install_shard(param: Any, values: Tensor, full_shape: tuple[int, ...]) -> None:
     """Replace a placeholder's partition by this rank's rows; call before ``deepspeed.initialize``.
 
     Args:
@@ -61,7 +82,7 @@ def install_shard(param: nn.Parameter, values: Tensor, full_shape: tuple[int, ..
     numel = torch.Size(full_shape).numel()
     assert numel == values.numel() * param.ds_zero_partition_world_size
     old = param.ds_tensor
-    new = values.detach().reshape(-1)
+    new: Any = values.detach().reshape(-1)
     new.requires_grad_(False)
     new.ds_numel = values.numel()
     new.status = old.status
@@ -98,13 +119,14 @@ class Zero3Tables:
         tables = {id(param) for param in self.params}
         persistent = engine.optimizer.persistent_parameters
         persistent[:] = [param for param in persistent if id(param) not in tables]
+        param: Any
         for param in self.params:
             param.ds_persist = False
             if param.ds_status is deepspeed.zero.partition_parameters.ZeroParamStatus.AVAILABLE:
                 param.partition()
 
     def publish_gradients(self) -> None:
-        """Hand the accumulated gradients to ZeRO; once per optimizer step, before ``engine.step``."""
+        """Hand the gradients to ZeRO; once per optimizer step, before ``engine.step``."""
         for param, shard in zip(self.params, self.shards):
             grad_RV = shard.reduced_gradient().div_(self.world_size)
             deepspeed.utils.safe_set_local_grad(param, grad_RV.flatten())

@@ -117,7 +117,9 @@ class TrainEngine:
 
     def _inputs(self, batch: MicroBatch) -> tuple[Tensor | None, ...]:
         tensors = (batch.tokens, batch.doc_starts, batch.positions)
-        return tuple(t if t is None else t.to(self.ranks.device, non_blocking=True) for t in tensors)
+        return tuple(
+            t if t is None else t.to(self.ranks.device, non_blocking=True) for t in tensors
+        )
 
     def _set_learning_rates(self, step: int) -> dict[str, float]:
         """Set this step's rates on the optimizer's groups; returns them by schedule."""

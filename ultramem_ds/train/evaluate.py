@@ -1,4 +1,5 @@
-"""Validation loss per subset: every rank makes the same number of forwards (lookups are collective).
+"""Validation loss per subset; every rank makes the same number of forwards (lookups are
+collective).
 
 Letters: B sequences of one forward, S tokens, Q sequences of a subset, P ranks.
 """
@@ -43,8 +44,8 @@ class Reader:
 
     rank: int = 0
     world_size: int = 1
-    device: torch.device = torch.device("cpu")
-    all_reduce_sum: Callable[[Tensor], Tensor] = lambda tensor: tensor  # noqa: E731
+    device: torch.device | str = "cpu"
+    all_reduce_sum: Callable[[Tensor], Tensor] = lambda tensor: tensor
 
 
 def evaluate(
@@ -97,7 +98,7 @@ def _sum_of_losses(
     micro_batch_size: int,
     reader: Reader,
 ) -> float:
-    """Sum of the sequences' mean losses; rank r takes sequences r, r + P, ...; short ranks repeat."""
+    """Sum of the sequences' mean losses; rank r takes sequences r, r + P, ..."""
     per_rank = -(-count // reader.world_size)
     total = torch.zeros((), dtype=torch.float64, device=reader.device)
     with torch.no_grad():

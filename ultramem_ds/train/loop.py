@@ -20,7 +20,7 @@ from ultramem_ds.config.deepspeed import (
     plan_batches,
     zero_stage,
 )
-from ultramem_ds.config.load import changed_keys, from_dict, load_run_config, to_dict
+from ultramem_ds.config.load import changed_keys, from_dict, to_dict
 from ultramem_ds.config.schema import Config
 from ultramem_ds.data.loader import BatchLoader
 from ultramem_ds.data.manifest import load_manifest
@@ -303,7 +303,10 @@ class _Loop:
             self.run.batches.micro_batch_size,
             self.config.train.eval_sequences,
             Reader(
-                self.ranks.rank, self.ranks.world_size, self.ranks.device, self.engine.comm.all_reduce_
+                self.ranks.rank,
+                self.ranks.world_size,
+                self.ranks.device,
+                self.engine.comm.all_reduce_,
             ),
         )
 

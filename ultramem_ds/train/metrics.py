@@ -1,7 +1,7 @@
 """What a run writes down: ``metrics.jsonl``, ``validation.jsonl``, TensorBoard, console lines.
 
-Only rank 0 holds a :class:`MetricsWriter`. The two JSON-lines files are the record; TensorBoard shows
-the same numbers grouped for the eye.
+Only rank 0 holds a :class:`MetricsWriter`. The two JSON-lines files are the record; TensorBoard
+shows the same numbers grouped for the eye.
 """
 
 from __future__ import annotations
