@@ -22,7 +22,8 @@ class MixtureOfExperts(nn.Module):
 
     The gate's arithmetic is DeepSpeed's (``deepspeed/moe/sharded_moe.py``): softmax in fp32, the k
     largest gates renormalised to sum to one, and the balance loss
-    ``X * sum_x(mean gate_x * share_x)`` (Fedus et al., 2022), where ``share`` counts first choices for k = 1 and k = 2.
+    ``X * sum_x(mean gate_x * share_x)`` (Fedus et al., 2022), where ``share``
+    counts first choices.
     """
 
     def __init__(self, model: ModelConfig, moe: MoEConfig) -> None:
