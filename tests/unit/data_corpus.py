@@ -18,13 +18,13 @@ from ultramem_ds.data.manifest import load_manifest, prefix_of
 from ultramem_ds.data.tokenizer_training import train_tokenizer
 from ultramem_ds.data.tokenizers import Tokenizer
 
-_WORDS = "the memory layer reads rows of a table and adds them to café 東京 x = y + 1; <eos>\n".split(" ")
+_WORDS = "the memory layer reads rows of a table and adds them to café 東京 x = y + 1; <eos>\n"
 
 
 def make_text(seed: int, words: int = 40) -> str:
     """A text of its own for every seed."""
     chooser = random.Random(seed)
-    return f"{seed} " + " ".join(chooser.choices(_WORDS, k=words))
+    return f"{seed} " + " ".join(chooser.choices(_WORDS.split(" "), k=words))
 
 
 def make_texts(first: int, count: int) -> list[str]:
@@ -61,8 +61,14 @@ def write_redpajama(root: Path, documents: int = 60) -> dict[str, list[str]]:
     }
     half = documents // 2
     crawl = [{"text": text, "pred_label": "__label__wiki"} for text in texts["common_crawl"]]
-    write(root / "common_crawl/2019-30/en_head_0000.json.gz.dedup.classifier.jsonl.zst", lines_of(crawl[:half]))
-    write(root / "common_crawl/2020-05/en_middle_0001.json.gz.dedup.classifier.jsonl.zst", lines_of(crawl[half:]))
+    write(
+        root / "common_crawl/2019-30/en_head_0000.json.gz.dedup.classifier.jsonl.zst",
+        lines_of(crawl[:half]),
+    )
+    write(
+        root / "common_crawl/2020-05/en_middle_0001.json.gz.dedup.classifier.jsonl.zst",
+        lines_of(crawl[half:]),
+    )
     for name, files in {
         "c4": ["c4-train.00000-of-01024.jsonl", "c4-train.00001-of-01024.jsonl"],
         "github": ["filtered_a.sampled.jsonl", "filtered_b.sampled.jsonl"],

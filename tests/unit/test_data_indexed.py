@@ -60,9 +60,7 @@ def test_document_starts(documents, bounds):
 
 
 def test_files_written_by_deepspeed(tmp_path):
-    builders = pytest.importorskip(
-        "deepspeed.runtime.data_pipeline.data_sampling.indexed_dataset"
-    )
+    builders = pytest.importorskip("deepspeed.runtime.data_pipeline.data_sampling.indexed_dataset")
     documents = [[1, 2, 65_000], [7], [9, 9]]
     for dtype in (np.uint16, np.uint64, np.int32):
         prefix = tmp_path / np.dtype(dtype).name
@@ -145,9 +143,10 @@ def test_ids_and_layout_are_checked(tmp_path):
 
 
 def test_writer_refuses_ids_that_do_not_fit_and_leaves_nothing(tmp_path):
-    with pytest.raises(ValueError, match="does not fit"), IndexedWriter(
-        tmp_path / "x", np.uint16
-    ) as writer:
+    with (
+        pytest.raises(ValueError, match="does not fit"),
+        IndexedWriter(tmp_path / "x", np.uint16) as writer,
+    ):
         writer.add([1, 65_536])
     assert list(tmp_path.iterdir()) == []
     assert id_dtype(50_277) == np.uint16 and id_dtype(70_000) == np.int32

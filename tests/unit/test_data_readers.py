@@ -48,7 +48,7 @@ def test_redpajama_1t_sample(tmp_path):
         "stackexchange_sample.jsonl": "stackexchange",
         "wikipedia_sample.jsonl": "wikipedia",
     }
-    for name, subset in names.items():
+    for name in names:
         write(tmp_path / "sample" / name, lines_of([{"text": name, "meta": {}}]))
     texts, _ = read(tmp_path / "sample")
     assert texts == {
