@@ -21,7 +21,7 @@ KILLS = 10
 
 @pytest.mark.slow
 def test_killed_ten_times_and_finished(tmp_path):
-    for number in range(12):
+    for number in range(6):
         write_redpajama(tmp_path / "data" / str(number), documents=60)
     tokenizer = write_tokenizer(tmp_path / "tokenizer")
     output = tmp_path / "out"
@@ -42,7 +42,7 @@ def test_killed_ten_times_and_finished(tmp_path):
     kills = 0
     while kills < KILLS:
         process = start(output, 1 + kills % 2)
-        time.sleep(moments.uniform(0.2, 1.0) * whole_s)
+        time.sleep(moments.uniform(0.3, 0.8) * whole_s)
         if process.poll() is None:
             orphans = psutil.Process(process.pid).children()
             process.send_signal(signal.SIGKILL)
