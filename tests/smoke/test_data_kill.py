@@ -12,9 +12,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "unit"))
-
-from data_corpus import contents, write_redpajama, write_tokenizer
+from tests.unit.data_corpus import contents, write_redpajama, write_tokenizer
 
 KILLS = 10
 

@@ -6,10 +6,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from data_corpus import write_megatron
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tests.unit.data_corpus import write_megatron
 from ultramem_ds.data import mixture as mixture_module
 from ultramem_ds.data.loader import BatchLoader
 from ultramem_ds.data.manifest import Manifest, SubsetInfo, TokenizerInfo

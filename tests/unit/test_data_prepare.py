@@ -11,7 +11,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from data_corpus import (
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tests.unit.data_corpus import (
     contents,
     lines_of,
     make_texts,
@@ -21,9 +24,6 @@ from data_corpus import (
     write_redpajama,
     write_tokenizer,
 )
-from hypothesis import given, settings
-from hypothesis import strategies as st
-
 from ultramem_ds.data import merge, sources
 from ultramem_ds.data import prepare as prepare_module
 from ultramem_ds.data.duplicates import HashFile, find_duplicates

@@ -21,7 +21,6 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from ultramem_ds.data.atomic import TEMPORARY_SUFFIX, atomic_file
 from ultramem_ds.data.indexed import bin_path, idx_path
 from ultramem_ds.data.manifest import (
     FORMAT_VERSION,
@@ -45,6 +44,7 @@ from ultramem_ds.data.sources import HELD_OUT, Unit, find_units
 from ultramem_ds.data.tokenizers import Tokenizer, load_tokenizer
 from ultramem_ds.data.units import Group, UnitOptions, UnitSummary, part_path, read_summary
 from ultramem_ds.data.workers import run_units
+from ultramem_ds.utils.files import TEMPORARY_SUFFIX, atomic_file
 
 logger = logging.getLogger(__name__)
 
