@@ -18,34 +18,13 @@ from ultramem_ds.data.manifest import load_manifest, prefix_of
 from ultramem_ds.data.tokenizer_training import train_tokenizer
 from ultramem_ds.data.tokenizers import Tokenizer
 
-_WORDS = [
-    "the",
-    "memory",
-    "layer",
-    "reads",
-    "rows",
-    "of",
-    "a",
-    "table",
-    "and",
-    "adds",
-    "them",
-    "to",
-    "café",
-    "東京",
-    "x",
-    "=",
-    "y",
-    "+",
-    "1;",
-    "<eos>\n",
-]
+_WORDS = "the memory layer reads rows of a table and adds them to café 東京 x = y + 1; <eos>\n"
 
 
 def make_text(seed: int, words: int = 40) -> str:
     """A text of its own for every seed."""
     chooser = random.Random(seed)
-    return f"{seed} " + " ".join(chooser.choices(_WORDS, k=words))
+    return f"{seed} " + " ".join(chooser.choices(_WORDS.split(" "), k=words))
 
 
 def make_texts(first: int, count: int) -> list[str]:

@@ -6,10 +6,10 @@ from tempfile import TemporaryDirectory
 
 import numpy as np
 import pytest
-from data_corpus import read_megatron, write_megatron
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tests.unit.data_corpus import read_megatron, write_megatron
 from ultramem_ds.data.indexed import IndexedDataset, IndexedWriter, id_dtype
 
 DOCUMENTS = st.lists(st.lists(st.integers(0, 65_499), max_size=20), min_size=1, max_size=20)

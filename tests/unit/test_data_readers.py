@@ -7,10 +7,10 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import pytest
-from data_corpus import lines_of, make_texts, write, write_redpajama
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tests.unit.data_corpus import lines_of, make_texts, write, write_redpajama
 from ultramem_ds.data import sources
 from ultramem_ds.data.readers import BadRecord, Document, read_unit
 from ultramem_ds.data.sources import find_units

@@ -5,10 +5,10 @@ import os
 
 import numpy as np
 import pytest
-from data_corpus import make_texts, small_tokenizer
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tests.unit.data_corpus import make_texts, small_tokenizer
 from ultramem_ds.data.tokenizer_training import train_on_inputs, train_tokenizer
 from ultramem_ds.data.tokenizers import HuggingFaceTokenizer, StreamDecoder, load_tokenizer
 

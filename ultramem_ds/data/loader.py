@@ -83,16 +83,18 @@ class BatchLoader:
             # Workers only read files and never touch a device, so forking is safe and instant.
             multiprocessing_context="fork" if num_workers else None,
         )
-        self._iterator: Iterator[MicroBatch] | None = None
+        self._iterator: Iterator[MicroBatch] = iter(())
+        self._closed = False
 
     def __iter__(self) -> Iterator[MicroBatch]:
         self._iterator = iter(self._loader)
-        while self._iterator is not None:
+        while not self._closed:
             yield next(self._iterator)
 
     def close(self) -> None:
-        """Stop the workers; iterations in progress end."""
-        self._iterator = None
+        """Stop the workers; an iteration in progress ends."""
+        self._closed = True
+        self._iterator = iter(())  # the workers go with their iterator
 
 
 class _Order:

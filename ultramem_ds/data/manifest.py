@@ -7,9 +7,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from ultramem_ds.data.atomic import read_json, write_json
 from ultramem_ds.data.indexed import bin_path, idx_path
 from ultramem_ds.data.units import Group, Split
+from ultramem_ds.utils.files import read_json, write_json
 
 MANIFEST_NAME = "manifest.json"
 VALIDATION_DIRECTORY = "validation"

@@ -10,7 +10,6 @@ from typing import cast
 
 import numpy as np
 
-from ultramem_ds.data.atomic import atomic_file, write_json
 from ultramem_ds.data.duplicates import BoolArray, Duplicates, HashFile, find_duplicates
 from ultramem_ds.data.indexed import IntArray, bin_path, id_dtype, idx_path, write_index
 from ultramem_ds.data.manifest import (
@@ -23,6 +22,7 @@ from ultramem_ds.data.manifest import (
 from ultramem_ds.data.sources import Unit
 from ultramem_ds.data.tokenizers import Tokenizer
 from ultramem_ds.data.units import Counts, Group, Split, UnitSummary, part_path
+from ultramem_ds.utils.files import atomic_file, write_json
 
 _COPY_TOKENS = 8 << 20  # ids copied at once
 

@@ -55,16 +55,25 @@ def default_weights(manifest: Manifest, split: Split = "train") -> dict[str, flo
     return {name: float(info.tokens) for name, info in infos.items()}
 
 
-def quotas_of(weights: Mapping[str, float], block: int = BLOCK) -> dict[str, int]:
-    """Samples per block for each weight: largest remainders, at least one, ``block`` in total."""
-    total = sum(weights.values())
-    exact = {name: block * weight / total for name, weight in weights.items()}
-    quotas = {name: max(1, int(value)) for name, value in exact.items()}
+def quotas_of(weights: Mapping[str, float], block: int) -> dict[str, int]:
+    """Samples per block for each (positive) weight, ``block`` in total.
+
+    Largest remainders, after everything that would get less than one sample was given one.
+    """
+    assert 0 < len(weights) <= block
+    quotas: dict[str, int] = {}
+    while True:
+        others = {name: weight for name, weight in weights.items() if name not in quotas}
+        rest, total = block - len(quotas), sum(others.values())
+        exact = {name: rest * weight / total for name, weight in others.items()}
+        tiny = [name for name, share in exact.items() if share < 1]
+        if not tiny:
+            break
+        quotas |= dict.fromkeys(tiny, 1)
+    quotas |= {name: int(share) for name, share in exact.items()}
     by_remainder = sorted(exact, key=lambda name: (quotas[name] - exact[name], name))
-    for k in range(max(0, block - sum(quotas.values()))):
-        quotas[by_remainder[k % len(by_remainder)]] += 1
-    largest = max(quotas, key=lambda name: (quotas[name], name))
-    quotas[largest] -= sum(quotas.values()) - block
+    for name in by_remainder[: block - sum(quotas.values())]:
+        quotas[name] += 1
     return quotas
 
 
@@ -105,7 +114,7 @@ class Mixture:
         manifest = load_manifest(data_dir)
         infos = manifest.of_split(split)
         usable = _usable(infos, seq_len, weights or default_weights(manifest, split), bool(weights))
-        quotas = quotas_of(usable)
+        quotas = quotas_of(usable, BLOCK)
         self.seq_len = seq_len
         self.seed = seed
         self.vocab_size = manifest.tokenizer.vocab_size

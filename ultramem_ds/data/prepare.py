@@ -14,7 +14,6 @@ import fcntl
 import hashlib
 import json
 import logging
-import math
 import os
 import shutil
 from collections import Counter
@@ -22,7 +21,6 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from ultramem_ds.data.atomic import TEMPORARY_SUFFIX, atomic_file
 from ultramem_ds.data.indexed import bin_path, idx_path
 from ultramem_ds.data.manifest import (
     FORMAT_VERSION,
@@ -46,6 +44,7 @@ from ultramem_ds.data.sources import HELD_OUT, Unit, find_units
 from ultramem_ds.data.tokenizers import Tokenizer, load_tokenizer
 from ultramem_ds.data.units import Group, UnitOptions, UnitSummary, part_path, read_summary
 from ultramem_ds.data.workers import run_units
+from ultramem_ds.utils.files import TEMPORARY_SUFFIX, atomic_file
 
 logger = logging.getLogger(__name__)
 
@@ -141,6 +140,10 @@ class _Preparation:
                 path.unlink(missing_ok=True)
         return None
 
+    def clean_up(self) -> None:
+        """Remove the staging area of a finished directory."""
+        shutil.rmtree(self.output / STAGING_DIRECTORY, ignore_errors=True)
+
     def finished(self, unit: Unit) -> UnitSummary | None:
         """Summary of a unit that needs no work any more."""
         directory = self.directory(unit)
@@ -186,6 +189,7 @@ def prepare(
     manifest = plan.finished_manifest()
     if manifest is not None:
         logger.info("%s is already prepared", output)
+        plan.clean_up()
         return manifest
     plan.staging.mkdir(parents=True, exist_ok=True)
     _run_own_units(plan)
@@ -234,18 +238,28 @@ class _BadRecordWatch:
         self._records += summary.num_records
         self._bad.update(summary.bad)
         rest = self._total_bytes / max(self._done_bytes, 1) - 1
-        check_bad_records(self._bad, math.ceil(self._records * (1 + _HOPE * rest)), self._config)
+        hoped = self._records * _HOPE * rest
+        check_bad_records(self._bad, self._records, self._config, still_to_come=hoped)
 
 
-def check_bad_records(bad: Counter[str], num_records: int, config: PrepareConfig) -> None:
-    """Raise ValueError if more records are bad than the configuration allows."""
+def check_bad_records(
+    bad: Counter[str], num_records: int, config: PrepareConfig, *, still_to_come: float = 0.0
+) -> None:
+    """Raise ValueError if more records are bad than the configuration allows.
+
+    Args:
+        bad: bad records by reason.
+        num_records: records read.
+        config: has the allowed share.
+        still_to_come: good records to assume beyond those read.
+    """
     num_bad = sum(bad.values())
-    allowed = max(_FREE_BAD_RECORDS, config.max_bad_share * num_records)
-    if num_bad > allowed:
+    if num_bad > max(_FREE_BAD_RECORDS, config.max_bad_share * (num_records + still_to_come)):
         reasons = ", ".join(f"{count} x {reason}" for reason, count in bad.most_common())
         raise ValueError(
-            f"{num_bad} of {num_records} records are unusable ({reasons}); at most "
-            f"{math.floor(allowed)} are allowed. Check the input, or raise --max-bad-share"
+            f"{num_bad} of the {num_records} records read are unusable ({reasons}), more than "
+            f"{config.max_bad_share:.2%} of all and {_FREE_BAD_RECORDS}. Check the input, or raise "
+            "--max-bad-share"
         )
 
 
@@ -265,7 +279,7 @@ def _merge_if_finished(plan: _Preparation) -> Manifest | None:
                 return None
             units.append(FinishedUnit(unit, plan.directory(unit), summary))
         manifest = _merge(plan, units)
-    shutil.rmtree(plan.output / STAGING_DIRECTORY, ignore_errors=True)
+    plan.clean_up()
     return manifest
 
 

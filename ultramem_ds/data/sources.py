@@ -72,7 +72,7 @@ class Unit:
     @property
     def key(self) -> str:
         """Name that changes whenever the content might."""
-        text = json.dumps(asdict(self), sort_keys=True)
+        text = json.dumps({**asdict(self), "name": None}, sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:32]
 
     @property

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from ultramem_ds.data.atomic import atomic_file
+from ultramem_ds.utils.files import atomic_file
 
 END_OF_TEXT = "<|endoftext|>"
 # Names of the end-of-text token in published tokenizers, the first present one is taken.

@@ -27,11 +27,11 @@ from typing import Any, BinaryIO, Literal, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
-from ultramem_ds.data.atomic import read_json, sync_directory, temporary_path, write_json
 from ultramem_ds.data.indexed import id_dtype
 from ultramem_ds.data.readers import BadRecord, Document, Record, read_unit
 from ultramem_ds.data.sources import Unit
 from ultramem_ds.data.tokenizers import Tokenizer
+from ultramem_ds.utils.files import fsync_directory, read_json, temporary_path, write_json
 
 Split: TypeAlias = Literal["train", "validation"]
 Group: TypeAlias = tuple[str, str]  # (split, subset)
@@ -153,11 +153,11 @@ def tokenize_unit(
         temporary.mkdir(parents=True)
         summary = _write_parts(unit, tokenizer, options, temporary, progress)
         write_json(temporary / SUMMARY_NAME, summary.to_json())
-        sync_directory(temporary)
+        fsync_directory(temporary)
         # Another process may have finished the same unit meanwhile; its files are the same.
         with contextlib.suppress(FileExistsError):
             _rename_directory(temporary, directory)
-        sync_directory(directory.parent)
+        fsync_directory(directory.parent)
     except OSError as error:
         if error.filename is None:  # a failed write does not say where
             raise OSError(error.errno, error.strerror, str(temporary)) from error

@@ -4,8 +4,18 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
+
+# Temporary names never end in a suffix that a reader looks for.
+TEMPORARY_SUFFIX = ".partial"
+
+
+def temporary_path(path: Path) -> Path:
+    """A name beside ``path`` that no other process on any host uses."""
+    return path.with_name(f"{path.name}.{os.uname().nodename}-{os.getpid()}{TEMPORARY_SUFFIX}")
 
 
 def fsync_directory(path: Path) -> None:
@@ -17,12 +27,17 @@ def fsync_directory(path: Path) -> None:
         os.close(descriptor)
 
 
-def write_text(path: Path, text: str) -> None:
-    """Replace ``path`` by ``text`` atomically and durably."""
-    temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}")
+@contextmanager
+def atomic_file(path: Path) -> Iterator[BinaryIO]:
+    """Write ``path`` as a whole or not at all.
+
+    Yields a binary file. When the block ends it is flushed to disk and renamed to ``path``; when
+    the block raises, it is removed and whatever was at ``path`` stays.
+    """
+    temporary = temporary_path(path)
     try:
-        with open(temporary, "w", encoding="utf-8") as file:
-            file.write(text)
+        with open(temporary, "wb") as file:
+            yield file
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
@@ -31,6 +46,24 @@ def write_text(path: Path, text: str) -> None:
     fsync_directory(path.parent)
 
 
+def write_text(path: Path, text: str) -> None:
+    """Replace ``path`` by ``text`` atomically and durably."""
+    with atomic_file(path) as file:
+        file.write(text.encode("utf-8"))
+
+
 def write_json(path: Path, value: Any) -> None:
     """Replace ``path`` by ``value`` as indented JSON, atomically and durably."""
     write_text(path, json.dumps(value, indent=2) + "\n")
+
+
+def read_json(path: Path) -> Any:
+    """Read a JSON file.
+
+    Raises:
+        ValueError: if the file is not JSON; the message names it.
+    """
+    try:
+        return json.loads(path.read_bytes())
+    except ValueError as error:
+        raise ValueError(f"{path} is not valid JSON: {error}") from error
