@@ -71,7 +71,7 @@ def run_lookup_bench(config: LookupBenchConfig) -> dict[str, Any]:
     Rows are ``{variant, tokens, direction, time_ms, low_ms, high_ms, rounds}``; direction is
     ``forward`` or ``backward`` (table and scores).
     """
-    bench = _LookupBench(config)
+    bench = LookupBench(config)
     rows: list[dict[str, Any]] = []
     for tokens in config.tokens:
         problems = [bench.problem(tokens) for _ in range(bench.num_problems(tokens))]
@@ -90,7 +90,7 @@ def run_lookup_bench(config: LookupBenchConfig) -> dict[str, Any]:
     return {"rows": rows, **header({**asdict(config), "kernel_used": kernel})}
 
 
-class _LookupBench:
+class LookupBench:
     """The table, its gradient buffer and the variants on them."""
 
     def __init__(self, config: LookupBenchConfig) -> None:
