@@ -1,7 +1,7 @@
 """Builds the native CPU extension, once per machine, and finds it again.
 
-The file's name carries a hash of all that its contents depend on (source, flags, compiler,
-torch, CPU), so that an upgrade or another CPU over a shared home directory builds anew. The lock
+The file's name carries a hash of all that its contents depend on (source, flags, torch,
+CPU), so that an upgrade or another CPU over a shared home directory builds anew. The lock
 is a kernel lock on an open file, released when its holder dies however it dies: a lock file left
 behind means nothing.
 
@@ -36,20 +36,10 @@ def cache_dir() -> Path:
     return Path(os.environ.get("TORCH_EXTENSIONS_DIR", default)) / "ultramem_ds"
 
 
-def library_path(compiler: str) -> Path:
-    """Return where the library built by ``compiler`` on this machine lives, built or not.
-
-    Raises:
-        BuildError: the compiler does not run.
-    """
-    version = _run([compiler, "--version"])
-    parts = [
-        *(path.read_text() for path in sorted(SOURCE.parent.iterdir())),
-        *_COMPILE_FLAGS,
-        version,
-        torch.__version__,
-        _cpu_identity(),
-    ]
+def library_path() -> Path:
+    """Return where the library for this machine lives, built or not."""
+    sources = [path.read_text() for path in sorted(SOURCE.parent.iterdir())]
+    parts = [*sources, *_COMPILE_FLAGS, torch.__version__, _cpu_identity()]
     digest = hashlib.sha256("\0".join(parts).encode()).hexdigest()[:20]
     return cache_dir() / f"lookup-{digest}.so"
 
@@ -57,28 +47,27 @@ def library_path(compiler: str) -> Path:
 def build() -> Path:
     """Return the path of the built library; compile it (seconds) if it is not there.
 
-    Safe to call from many processes at once: one compiles, the others wait for it.
+    Safe to call from many processes at once: one compiles, the others wait for it. A library
+    built earlier needs no compiler.
 
     Raises:
         BuildError: no compiler, a failed compilation, or an unusable cache directory.
     """
-    compiler = find_compiler()
-    path = library_path(compiler)
+    path = library_path()
     if path.exists():
         return path
+    compiler = find_compiler()
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with filelock.FileLock(path.with_suffix(".lock"), timeout=LOCK_TIMEOUT_S):
             if not path.exists():
                 _compile(compiler, path)
     except filelock.Timeout as error:
-        raise BuildError(f"another process has been building {path} for {LOCK_TIMEOUT_S} s") from (
-            error
-        )
+        message = f"another process has been building {path} for {LOCK_TIMEOUT_S} s"
+        raise BuildError(message) from error
     except OSError as error:
-        raise BuildError(
-            f"cannot write {path.parent} ({error}); set TORCH_EXTENSIONS_DIR"
-        ) from error
+        message = f"cannot write {path.parent} ({error}); set TORCH_EXTENSIONS_DIR"
+        raise BuildError(message) from error
     return path
 
 
@@ -114,7 +103,7 @@ def _compile(compiler: str, path: Path) -> None:
         library.rename(path)
 
 
-def _run(command: list[str]) -> str:
+def _run(command: list[str]) -> None:
     try:
         done = subprocess.run(command, capture_output=True, text=True)
     except OSError as error:
@@ -122,7 +111,6 @@ def _run(command: list[str]) -> str:
     if done.returncode != 0:
         tail = "\n".join((done.stderr or done.stdout).splitlines()[-5:])
         raise BuildError(f"`{' '.join(command)}` failed:\n{tail}")
-    return done.stdout
 
 
 def _cpu_identity() -> str:

@@ -3,12 +3,13 @@
 ``reference`` is the oracle, ``embedding-bag`` torch's library kernels on any device, ``cpu`` the
 native extension (built at first use; embedding-bag's code where it cannot be built).
 
-``kernel="auto"`` takes the first available name of the device's list; ``ULTRAMEM_KERNEL=name``
-in the environment wins over every argument.
+``triton`` and ``triton-atomic`` are for CUDA. ``kernel="auto"`` takes the first available name of
+the device's list; ``ULTRAMEM_KERNEL=name`` in the environment wins over every argument.
 """
 
 from __future__ import annotations
 
+import importlib
 import logging
 import os
 from collections.abc import Callable
@@ -62,13 +63,39 @@ def _cpu(device: torch.device) -> Choice:
         )
 
 
-# In order of preference for kernel="auto".
+def _triton(device: torch.device) -> Choice:
+    return _triton_class("TritonKernel", device, "deterministic")
+
+
+def _triton_atomic(device: torch.device) -> Choice:
+    return _triton_class("TritonAtomicKernel", device, "atomic additions")
+
+
+def _triton_class(class_name: str, device: torch.device, how: str) -> Choice:
+    interpreted = os.environ.get("TRITON_INTERPRET") == "1"
+    if device.type != "cuda" and not interpreted:
+        return Choice(None, f"runs on cuda (or with TRITON_INTERPRET=1), not on {device.type}")
+    try:
+        module = importlib.import_module("ultramem_ds.kernels.triton")
+    except ImportError as error:
+        return Choice(None, f"triton cannot be imported: {error}")
+    reason = f"Triton kernels, {how}{', interpreted' if interpreted else ''}"
+    return Choice(getattr(module, class_name)(), reason)
+
+
 _FACTORIES: dict[str, Callable[[torch.device], Choice]] = {
+    "triton": _triton,
+    "triton-atomic": _triton_atomic,
     "cpu": _cpu,
     "embedding-bag": _embedding_bag,
     "reference": _reference,
 }
 NAMES = tuple(_FACTORIES)
+# What kernel="auto" tries, in this order.
+_PREFERENCE = {
+    "cpu": ("cpu", "embedding-bag", "reference"),
+    "cuda": ("triton", "embedding-bag", "reference"),
+}
 
 
 @cache
@@ -79,12 +106,13 @@ def _choice(name: str, device_type: str) -> Choice:
 @cache
 def _pick(requested: str, device_type: str) -> tuple[str, Choice]:
     """Return the name picked and its choice, whose kernel is not None."""
+    preferred = _PREFERENCE.get(device_type, ("embedding-bag", "reference"))
     if requested != "auto" and requested not in _FACTORIES:
         raise ValueError(
             f"no such kernel: {requested} (from memory.kernel or {ENVIRONMENT_KEY}); use auto or "
             f"one of {list(NAMES)}"
         )
-    for candidate in NAMES if requested == "auto" else (requested,):
+    for candidate in preferred if requested == "auto" else (requested,):
         choice = _choice(candidate, device_type)
         if choice.kernel is not None:
             return candidate, choice

@@ -23,10 +23,7 @@ namespace ultramem {
 namespace {
 
 // Entries between a row's prefetch and its use: covers the latency of memory (docs/kernels.md).
-#ifndef ULTRAMEM_AHEAD
-#define ULTRAMEM_AHEAD 4
-#endif
-constexpr int64_t kAhead = ULTRAMEM_AHEAD;
+constexpr int64_t kAhead = 8;
 // Below about this many elements a second thread costs more than it brings.
 constexpr int64_t kGrainElements = 8192;
 
