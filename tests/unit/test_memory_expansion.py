@@ -20,7 +20,7 @@ def test_bijection_beyond_32_bits():
     generator = torch.Generator().manual_seed(0)
     slots = torch.randint(num_keys**2, (200_000,), generator=generator).unique()
     permuted = BijectionShuffle(num_keys, seed=7)(slots)
-    assert 0 <= permuted.min() and permuted.max() < num_keys**2
+    assert permuted.min() >= 0 and permuted.max() < num_keys**2
     assert permuted.unique().numel() == slots.numel()
 
 

@@ -1,5 +1,7 @@
 """Query convolution: against torch's conv1d, at document boundaries, token by token."""
 
+from itertools import pairwise
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -29,7 +31,7 @@ def test_conv_stops_at_documents():
     starts[0, 3], starts[0, 4], starts[1, 8] = True, True, True
     out, _ = conv(x, starts, None)
     for row, bounds in ((0, (0, 3, 4, 9)), (1, (0, 8, 9))):
-        for begin, end in zip(bounds, bounds[1:]):
+        for begin, end in pairwise(bounds):
             alone, _ = conv(x[row : row + 1, begin:end], None, None)
             torch.testing.assert_close(out[row, begin:end], alone[0], rtol=1e-12, atol=1e-12)
 

@@ -24,27 +24,27 @@ def test_numbers_of_one_window():
     numbers = window.summaries(window.tensors())
     totals = second.selection.scores_TKh.sum(-1).view(10, 2, 4)
     expected = {
-        "0/top1_score": totals[..., 0].mean(),
-        "0/last_score": totals[..., -1].mean(),
-        "0/output_std": output.std(correction=0),
-        "0/aux_loss": second.aux_loss,
-        "0/recall": second.selection.diagnosis.recall,
+        "layer_0/top1_score": totals[..., 0].mean(),
+        "layer_0/last_score": totals[..., -1].mean(),
+        "layer_0/output_std": output.std(correction=0),
+        "layer_0/aux_loss": second.aux_loss,
+        "layer_0/recall": second.selection.diagnosis.recall,
     }
     for name, value in expected.items():
         assert numbers[name] == pytest.approx(float(value), rel=1e-5), name
     sigma = torch.linalg.svdvals(layer.retrieval.form.core.detach().sum(0)).mean(0)
-    assert numbers["0/singular_value_1"] == pytest.approx(float(sigma[0]), rel=1e-5)
-    assert numbers["0/singular_value_2"] == pytest.approx(float(sigma[1]), rel=1e-5)
+    assert numbers["layer_0/singular_value_1"] == pytest.approx(float(sigma[0]), rel=1e-5)
+    assert numbers["layer_0/singular_value_2"] == pytest.approx(float(sigma[1]), rel=1e-5)
     rows = torch.cat([first.rows_TK, second.rows_TK]).flatten().bincount(minlength=36)
     slots = torch.cat([first.permuted_TK, second.permuted_TK]).flatten().bincount(minlength=144)
-    assert numbers["0/rows_touched"] == float((rows > 0).sum()) / 36
-    assert numbers["0/slots_touched"] == float((slots > 0).sum()) / 144
+    assert numbers["layer_0/rows_touched"] == float((rows > 0).sum()) / 36
+    assert numbers["layer_0/slots_touched"] == float((slots > 0).sum()) / 144
     share = rows[rows > 0] / rows.sum()
-    assert numbers["0/rows_kl"] == pytest.approx(
+    assert numbers["layer_0/rows_kl"] == pytest.approx(
         float((share * (share * 36).log()).sum()), rel=1e-5
     )
     window.reset()
-    assert window.summaries(window.tensors())["0/rows_touched"] == 0
+    assert window.summaries(window.tensors())["layer_0/rows_touched"] == 0
 
 
 def test_sums_over_ranks_are_the_whole_batch():
@@ -63,7 +63,7 @@ def test_sums_over_ranks_are_the_whole_batch():
         return window.summaries([sum(pair) for pair in zip(*packed)])
 
     whole, halves = tensors([x]), tensors(x.chunk(2))
-    for name in whole.keys() - {"0/recall"}:  # recall samples other tokens
+    for name in whole.keys() - {"layer_0/recall"}:  # recall samples other tokens
         assert halves[name] == pytest.approx(whole[name], rel=1e-5), name
 
 
