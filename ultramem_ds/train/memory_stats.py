@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from ultramem_ds.model.lm import LanguageModel
+from ultramem_ds.model.memory.layer import MemoryLayer
 from ultramem_ds.model.memory.stats import StatsWindow
 from ultramem_ds.sharding.comm import Comm
 
@@ -25,6 +26,7 @@ class MemoryStatistics:
         self.window = StatsWindow(memory, len(model.memories), device)
         if self.every:
             for layer, observer in zip(model.memories, self.window.layers):
+                assert isinstance(layer, MemoryLayer)
                 layer.observer = observer
 
     def _due(self, step: int) -> bool:
