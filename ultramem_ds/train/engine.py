@@ -23,6 +23,7 @@ from ultramem_ds.sharding.comm import Comm
 from ultramem_ds.sharding.parallelize import parallelize
 from ultramem_ds.sharding.runtime import Ranks
 from ultramem_ds.train import checkpoint as checkpoints
+from ultramem_ds.train.memory_stats import MemoryStatistics
 
 
 @dataclass(frozen=True)
@@ -37,6 +38,7 @@ class StepResult:
         lr: learning rate of everything but value tables.
         lr_values: learning rate of value tables; None without any.
         expert_share: per MoE block, each expert's share of the routed tokens; empty without MoE.
+        memory: statistics of the memory layers where a window of ``memory.stats_every`` ends.
     """
 
     loss: float
@@ -46,6 +48,7 @@ class StepResult:
     lr: float
     lr_values: float | None
     expert_share: list[list[float]]
+    memory: dict[str, float]
 
 
 class TrainEngine:
@@ -72,6 +75,7 @@ class TrainEngine:
         self.engine = parallel.engine
         self.tables = parallel.tables
         self.partition = parallel.partition
+        self.statistics = MemoryStatistics(self.model, self.comm, ranks.device)
 
     @property
     def model(self) -> LanguageModel:
@@ -83,6 +87,7 @@ class TrainEngine:
         """Take optimizer step ``step`` (counted from 0) on the next micro-batches."""
         self.engine.train()
         lrs = self._set_learning_rates(step)
+        self.statistics.before_step(step)
         sums = torch.zeros(3, device=self.ranks.device)
         counts: Tensor | None = None
         for index in range(self.batches.accumulation_steps):
@@ -113,6 +118,7 @@ class TrainEngine:
             lr=lrs["matrices"],
             lr_values=lrs["tables"] if self.tables is not None else None,
             expert_share=share.tolist() if share.numel() else [],
+            memory=self.statistics.after_step(step),
         )
 
     def _inputs(self, batch: MicroBatch) -> tuple[Tensor | None, ...]:

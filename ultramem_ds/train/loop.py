@@ -267,6 +267,7 @@ class _Loop:
         if result.expert_share:
             record |= {"balance_loss": result.balance_loss, "expert_share": result.expert_share}
         return record | {
+            **result.memory,
             "tokens_per_s": self.tokens_per_step / step_time_s,
             "step_time_s": step_time_s,
         }

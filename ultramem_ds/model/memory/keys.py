@@ -8,6 +8,7 @@ the candidates' are needed exactly.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -72,6 +73,10 @@ class ProductKeys(nn.Module):
     def mark_stale(self) -> None:
         """The weights changed: derive everything anew at the next forward."""
         self._derived = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What copies and pickles carry: no derived keys, whose fingerprints are addresses."""
+        return {**self.__dict__, "_derived": None}
 
     def forward(self, directions_2Hr: Tensor) -> tuple[Tensor, Tensor]:
         """Normalise and fold.

@@ -220,13 +220,13 @@ class StatsWindow:
         """Numbers of the window from ``tensors`` summed over ranks.
 
         Returns:
-            ``i/name`` for layer i and the names ``top1_score last_score output_std aux_loss recall
+            ``layer_i/name`` for the names ``top1_score last_score output_std aux_loss recall
             singular_value_1..r`` (where something was sampled) and ``rows_touched slots_touched``
             (shares) ``rows_kl slots_kl`` (nats).
         """
         moments, usage = (tensor.chunk(len(self.layers)) for tensor in tensors)
         return {
-            f"{i}/{name}": value
+            f"layer_{i}/{name}": value
             for i, layer in enumerate(self.layers)
             for name, value in layer.summary(moments[i], usage[i]).items()
         }
