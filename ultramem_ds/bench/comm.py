@@ -129,7 +129,7 @@ def _rank_body(rank: int, world_size: int, config: CommBenchConfig) -> dict[str,
     # Written, hence real pages; every scheme sees the same memory in its own shape.
     storage = torch.full((layout.num_rows * spec.value_dim,), 0.01)
     lookups = {variant: _lookup(variant, storage, spec, groups, memory) for variant in VARIANTS}
-    problems = _problems(config, spec, rank)
+    problems = make_problems(config, spec, rank)
     for round_index in range(config.rounds + 1):
         for variant, lookup in lookups.items():
             groups.shard.bytes_sent.clear()
@@ -177,7 +177,7 @@ def _time_call(
     return 1e3 * (middle_s - start_s), 1e3 * (time.perf_counter() - middle_s)
 
 
-def _problems(
+def make_problems(
     config: CommBenchConfig, spec: TableSpec, rank: int
 ) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor]]:
     """Rows, projectors, scores and the output's gradient of one call after the other."""
