@@ -16,6 +16,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     bench_subparsers = parser.add_subparsers(dest="bench_verb", required=True, metavar="WHAT")
     for module in _SUB_VERBS:
         module.add_parser(bench_subparsers)
+    parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> int:
