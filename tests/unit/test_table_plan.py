@@ -5,9 +5,12 @@ import torch
 
 from ultramem_ds.sharding.table_plan import (
     TableSpec,
+    bag_starts,
     column_pieces,
     id_dtype,
+    mark_bag_starts,
     padded_rows,
+    route_bags,
     route_distinct,
     route_entries,
     rows_per_rank,
@@ -104,3 +107,33 @@ def test_column_pieces_have_one_core_each(value_dim, num_cores, world_size, expe
 def test_ids_are_as_narrow_as_the_table_allows():
     assert id_dtype(2**31) is torch.int32
     assert id_dtype(2**31 + 1) is torch.int64
+
+
+def test_entries_are_sorted_into_bags():
+    rows_TK = torch.tensor([[5, 1, 7], [1, 6, 2]])
+    projectors_TK = torch.tensor([[0, 0, 0], [1, 0, 1]])
+    route = route_bags(rows_TK, projectors_TK, 2, 4, 2)
+    assert route.order_M.tolist() == [1, 3, 5, 0, 2, 4]
+    assert route.send_M.tolist() == [1, 1, 2, 1, 3, 2]
+    assert route.slot_M.tolist() == [0, 3, 3, 0, 0, 2]
+    assert route.starts_M.tolist() == [True, True, False, True, False, True]
+    assert route.counts_P.tolist() == [3, 3]
+    assert route.bag_counts_P.tolist() == [2, 2]
+
+
+def test_bags_without_tokens():
+    empty = torch.zeros(0, 3, dtype=torch.long)
+    route = route_bags(empty, empty, 2, 4, 2)
+    assert route.counts_P.tolist() == route.bag_counts_P.tolist() == [0, 0]
+    rows_M, offsets_B1 = bag_starts(mark_bag_starts(route.send_M, route.starts_M), 0)
+    assert rows_M.tolist() == [] and offsets_B1.tolist() == [0]
+
+
+def test_bag_marks_cost_nothing_and_come_back():
+    rows_M = torch.tensor([0, 3, 3, 2**31 - 1])
+    starts_M = torch.tensor([True, False, True, True])
+    wire_M = mark_bag_starts(rows_M, starts_M).to(torch.int32)
+    assert wire_M.tolist() == [-1, 3, -4, -(2**31)]
+    found_M, offsets_B1 = bag_starts(wire_M, 3)
+    assert torch.equal(found_M, rows_M)
+    assert offsets_B1.tolist() == [0, 2, 3, 4]

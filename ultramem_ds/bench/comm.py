@@ -22,10 +22,10 @@ from ultramem_ds.config.load import load_config
 from ultramem_ds.config.schema import MemoryConfig
 from ultramem_ds.sharding.comm import Comm
 from ultramem_ds.sharding.costs import lookup_cost, stock_zero3_bytes
-from ultramem_ds.sharding.groups import TableGroups, make_groups
+from ultramem_ds.sharding.groups import make_groups
 from ultramem_ds.sharding.lookup import ShardedLookup, build_lookup
 from ultramem_ds.sharding.shard import TableShard
-from ultramem_ds.sharding.table_plan import TableSpec, shard_layout
+from ultramem_ds.sharding.table_plan import ShardLayout, TableSpec, shard_layout
 from ultramem_ds.testing.distributed import run_ranks
 
 # variant -> (scheme, de-duplicated)
@@ -125,11 +125,16 @@ def _rank_body(rank: int, world_size: int, config: CommBenchConfig) -> dict[str,
     samples: dict[tuple[str, str], list[float]] = {}
     sent: dict[tuple[str, str], float] = {}
     spec = TableSpec.from_config(memory, 0)
-    layout = shard_layout(spec, "number-wise", world_size, rank)
+    whole_rows = shard_layout(spec, "number-wise", world_size, rank)
     # Written, hence real pages; every scheme sees the same memory in its own shape.
-    storage = torch.full((layout.num_rows * spec.value_dim,), 0.01)
-    lookups = {variant: _lookup(variant, storage, spec, groups, memory) for variant in VARIANTS}
-    problems = _problems(config, spec, rank)
+    storage = torch.full((whole_rows.num_rows * spec.value_dim,), 0.01)
+    shards: dict[ShardLayout, TableShard] = {}  # row schemes share one gradient buffer
+    lookups = {}
+    for variant, (scheme, dedup) in VARIANTS.items():
+        layout = shard_layout(spec, scheme, world_size, rank)
+        shard = shards.setdefault(layout, _shard(spec, layout, storage, groups.replicas))
+        lookups[variant] = build_lookup(shard, scheme, groups, replace(memory, dedup=dedup))
+    problems = make_problems(config, spec, rank)
     for round_index in range(config.rounds + 1):
         for variant, lookup in lookups.items():
             groups.shard.bytes_sent.clear()
@@ -145,24 +150,14 @@ def _rank_body(rank: int, world_size: int, config: CommBenchConfig) -> dict[str,
             sent[variant, "backward"] = total["backward"]
     rates = {
         "wire_gb_per_s": _wire_gb_per_s(groups.shard, config.rounds),
-        "memory_gb_per_s": _memory_gb_per_s(storage.view(layout.shape), config.rounds),
+        "memory_gb_per_s": _memory_gb_per_s(storage.view(whole_rows.shape), config.rounds),
     }
     return {"samples": samples, "bytes_sent": sent, "rates": rates}
 
 
-def _lookup(
-    variant: str,
-    storage: Tensor,
-    spec: TableSpec,
-    groups: TableGroups,
-    memory: MemoryConfig,
-) -> ShardedLookup:
-    """A variant's lookup over the common storage."""
-    scheme, dedup = VARIANTS[variant]
-    layout = shard_layout(spec, scheme, groups.shard.world_size, groups.shard.rank)
-    size = layout.num_rows * layout.num_columns
-    shard = TableShard(spec, layout, lambda: storage[:size], groups.replicas)
-    return build_lookup(shard, scheme, groups, replace(memory, dedup=dedup))
+def _shard(spec: TableSpec, layout: ShardLayout, storage: Tensor, replicas: Comm) -> TableShard:
+    numel = layout.num_rows * layout.num_columns
+    return TableShard(spec, layout, lambda: storage[:numel], replicas)
 
 
 def _time_call(
@@ -177,7 +172,7 @@ def _time_call(
     return 1e3 * (middle_s - start_s), 1e3 * (time.perf_counter() - middle_s)
 
 
-def _problems(
+def make_problems(
     config: CommBenchConfig, spec: TableSpec, rank: int
 ) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor]]:
     """Rows, projectors, scores and the output's gradient of one call after the other."""

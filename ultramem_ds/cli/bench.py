@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import argparse
 
-from ultramem_ds.cli import bench_lookup
+from ultramem_ds.cli import bench_comm, bench_lookup
 
 # A sub-verb is a module with add_parser(subparsers), which sets run_bench(args) -> int.
-_SUB_VERBS = (bench_lookup,)
+_SUB_VERBS = (bench_lookup, bench_comm)
 
 
 def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -16,6 +16,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     bench_subparsers = parser.add_subparsers(dest="bench_verb", required=True, metavar="WHAT")
     for module in _SUB_VERBS:
         module.add_parser(bench_subparsers)
+    parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> int:

@@ -48,9 +48,10 @@ def split_ranks(
         raise ValueError(
             f"memory.shard_group_size={size} must divide the {len(ranks)} data-parallel ranks"
         )
-    copies = [ranks[first : first + size] for first in range(0, len(ranks), size)]
-    shard, _ = dist.new_subgroups_by_enumeration(copies)
-    replicas, _ = dist.new_subgroups_by_enumeration([list(block) for block in zip(*copies)])
+    copy, place = divmod(ranks.index(dist.get_rank()), size)
+    # Each rank makes its own two groups only: with many copies, most groups are not its business.
+    shard = dist.new_group(ranks[copy * size :][:size], use_local_synchronization=True)
+    replicas = dist.new_group(ranks[place::size], use_local_synchronization=True)
     return Comm(shard), Comm(replicas)
 
 

@@ -7,6 +7,7 @@ token, projector and owner), V value width, R rows on this rank, E expansion, P 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -76,12 +77,27 @@ class OwnerPooled(Scheme[OwnerPooledRequest]):
         received_BV = self.comm.all_to_all(answer, splits.recv, splits.send, "pooled")
         dtype = self.shard.values().dtype
         num_slots = request.num_tokens * spec.num_projectors
-        pooled_SV = received_BV.new_zeros(
-            (num_slots, spec.value_dim), dtype=torch.promote_types(dtype, torch.float32)
-        )
-        for slot_B, sums_BV in zip(
-            request.slot_B.split(splits.send), received_BV.split(splits.send)
-        ):
-            # One owner names a slot once: the order of additions is fixed, on CUDA too.
-            pooled_SV = pooled_SV.index_add_(0, slot_B, sums_BV.to(pooled_SV.dtype))
+        pooled_SV: Tensor = _AddIntoSlots.apply(received_BV, request.slot_B, splits.send, num_slots)
         return pooled_SV.to(dtype).view(-1, spec.num_projectors, spec.value_dim)
+
+
+class _AddIntoSlots(torch.autograd.Function):
+    """(B, V) sums of all owners, owner after owner -> (slots, V), added in fp32 and up."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, received_BV: Tensor, slot_B: Tensor, splits: list[int], num_slots: int
+    ) -> Tensor:
+        ctx.save_for_backward(slot_B)
+        ctx.dtype = received_BV.dtype
+        dtype = torch.promote_types(received_BV.dtype, torch.float32)
+        pooled_SV = received_BV.new_zeros((num_slots, received_BV.shape[1]), dtype=dtype)
+        for slots, sums in zip(slot_B.split(splits), received_BV.split(splits)):
+            # One owner names a slot once: the order of additions is fixed, on CUDA too.
+            pooled_SV.index_add_(0, slots, sums.to(dtype))
+        return pooled_SV
+
+    @staticmethod
+    def backward(ctx: Any, grad_SV: Tensor) -> tuple[Tensor, None, None, None]:
+        (slot_B,) = ctx.saved_tensors
+        return grad_SV.to(ctx.dtype).index_select(0, slot_B), None, None, None
