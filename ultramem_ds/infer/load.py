@@ -19,15 +19,18 @@ from ultramem_ds.sharding.experts import canonical_name
 from ultramem_ds.train.checkpoint import TrainerState, find_checkpoint, read_trainer_state
 
 
-def load_model(path: Path, device: torch.device | str = "cpu") -> LanguageModel:
+def load_model(
+    path: Path, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
+) -> LanguageModel:
     """Load a run's latest checkpoint, or one checkpoint, for inference.
 
     Args:
         path: a run directory or a checkpoint directory.
         device: where the model goes.
+        dtype: of its weights, whatever dtype the checkpoint stores.
 
     Returns:
-        The model in evaluation mode with fp32 (ZeRO) or stored (MoE) weights.
+        The model in evaluation mode.
 
     Raises:
         ValueError: if the checkpoint is incomplete or does not fit its own configuration.
@@ -36,7 +39,7 @@ def load_model(path: Path, device: torch.device | str = "cpu") -> LanguageModel:
     state = read_trainer_state(checkpoint)
     with torch.device("meta"):
         model = LanguageModel(from_dict(state.config))
-    model.to_empty(device=device)
+    model.to_empty(device=device).to(dtype)
     wanted: dict[str, Tensor] = dict(model.named_parameters())
     wanted |= {n: b for n, b in model.named_buffers() if n in model.state_dict()}
     missing = set(wanted)
