@@ -51,7 +51,7 @@ class FixedState:
         self.position_1 = torch.tensor([cache.length], device=cache.device)
         self.columns_C = torch.arange(self.capacity, device=cache.device)
         self.begins_B1 = torch.tensor(cache.padding, device=cache.device).unsqueeze(1)
-        self.kv = []
+        self.kv: list[FixedKV] = []
         for kv in cache.kv:
             assert kv.keys_BACK is not None and kv.values_BACK is not None
             self.kv.append(FixedKV(kv.keys_BACK, kv.values_BACK, self.position_1))
