@@ -21,7 +21,7 @@ from pathlib import Path
 import filelock
 import torch
 
-SOURCE = Path(__file__).parent / "csrc" / "lookup.cpp"
+SOURCE_DIR = Path(__file__).parent / "csrc"
 LOCK_TIMEOUT_S = 300.0
 _COMPILE_FLAGS = ("-O3", "-march=native", "-std=c++20", "-fPIC", "-fopenmp", "-fno-math-errno")
 
@@ -44,7 +44,7 @@ def library_path(compiler: str) -> Path:
     """
     version = _run([compiler, "--version"])
     parts = [
-        *(path.read_text() for path in sorted(SOURCE.parent.iterdir())),
+        *(path.read_text() for path in sorted(SOURCE_DIR.iterdir())),
         *_COMPILE_FLAGS,
         version,
         torch.__version__,
@@ -104,11 +104,14 @@ def _compile(compiler: str, path: Path) -> None:
     """
     torch_dir = Path(torch.__file__).parent
     with tempfile.TemporaryDirectory(dir=path.parent, prefix="build-") as work_dir:
-        objects, library = Path(work_dir, "lookup.o"), Path(work_dir, "lookup.so")
+        library = Path(work_dir, "lookup.so")
         include = ["-I", str(torch_dir / "include")]
-        _run([compiler, *_COMPILE_FLAGS, *include, "-c", str(SOURCE), "-o", str(objects)])
+        objects = []
+        for source in sorted(SOURCE_DIR.glob("*.cpp")):
+            objects.append(str(Path(work_dir, source.stem + ".o")))
+            _run([compiler, *_COMPILE_FLAGS, *include, "-c", str(source), "-o", objects[-1]])
         libraries = ["-L", str(torch_dir / "lib"), "-ltorch_cpu", "-lc10"]
-        _run([compiler, "-shared", str(objects), *libraries, "-o", str(library)])
+        _run([compiler, "-shared", *objects, *libraries, "-o", str(library)])
         with library.open("rb") as built:
             os.fsync(built.fileno())
         library.rename(path)

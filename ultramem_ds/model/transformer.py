@@ -23,8 +23,6 @@ from ultramem_ds.model.roles import tag
 class KVSlot(Protocol):
     """One block's key/value cache (``infer/cache.py``)."""
 
-    length: int  # positions held
-
     def update(self, keys_BASK: Tensor, values_BASK: Tensor) -> tuple[Tensor, Tensor]:
         """Append the new positions; return all keys and values so far, ``(B, A, S_total, K)``."""
         ...
