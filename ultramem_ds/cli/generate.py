@@ -5,13 +5,15 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+DTYPES = ("fp32", "bf16")
+
 
 def add_parser(subparsers: argparse._SubParsersAction) -> None:
     """Register the verb."""
     parser = subparsers.add_parser(
         "generate",
-        help="continue a prompt",
-        description="Continue a prompt with a checkpoint of any world size, on one process.",
+        help="continue prompts",
+        description="Continue prompts with a checkpoint of any world size, on one process.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     parser.add_argument(
@@ -21,20 +23,32 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
         metavar="PATH",
         help="a run directory (its latest checkpoint) or one checkpoint under it",
     )
-    parser.add_argument("--prompt", required=True, help="text to continue")
+    parser.add_argument(
+        "--prompt",
+        required=True,
+        action="append",
+        metavar="TEXT",
+        help="text to continue; given several times, all are decoded together as one batch",
+    )
     parser.add_argument("--max-new-tokens", type=int, default=128)
     parser.add_argument("--temperature", type=float, default=1.0, help="0 = greedy")
     parser.add_argument("--top-k", type=int, default=0, help="0 = all")
     parser.add_argument("--top-p", type=float, default=1.0, help="nucleus mass; 1 = all")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--precision", choices=DTYPES, default="fp32", help="of the weights")
     parser.set_defaults(run=run)
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Load, decode, and print text as it comes."""
+    """Load, decode, and print: one prompt as it comes, several when all are done."""
+    import torch
+
     from ultramem_ds.data.tokenizers import load_tokenizer
-    from ultramem_ds.infer.generate import Sampling, stream
+    from ultramem_ds.infer.generate import generate, stream
     from ultramem_ds.infer.load import load_model
+    from ultramem_ds.infer.prepare import prepare_for_decoding
+    from ultramem_ds.infer.sampling import Sampling
+    from ultramem_ds.infer.text import Detokenizer
     from ultramem_ds.train.checkpoint import run_dir_of
 
     sampling = Sampling(
@@ -45,18 +59,18 @@ def run(arguments: argparse.Namespace) -> int:
         seed=arguments.seed,
     )
     tokenizer = load_tokenizer(run_dir_of(arguments.checkpoint))
-    model = load_model(arguments.checkpoint)
-    prompt = tokenizer.encode(arguments.prompt)
-    ids: list[int] = []
-    shown = ""
-    print(arguments.prompt, end="", flush=True)
-    for token in stream(
-        model, prompt or [tokenizer.eos_id], sampling, tokenizer.eos_id, tokenizer.vocab_size
-    ):
-        ids.append(token)
-        text = tokenizer.decode(ids)
-        if not text.endswith("\ufffd"):  # an incomplete UTF-8 sequence waits for its next token
-            print(text[len(shown) :], end="", flush=True)
-            shown = text
-    print()
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    dtype = torch.bfloat16 if arguments.precision == "bf16" else torch.float32
+    model = prepare_for_decoding(load_model(arguments.checkpoint, device, dtype))
+    prompts = [tokenizer.encode(text) or [tokenizer.eos_id] for text in arguments.prompt]
+    limits = {"eos_id": tokenizer.eos_id, "vocab_size": tokenizer.vocab_size}
+    if len(prompts) == 1:
+        print(arguments.prompt[0], end="", flush=True)
+        text = Detokenizer(tokenizer.decode)
+        for new in stream(model, prompts, sampling, **limits):
+            print(text.push(new.token), end="", flush=True)
+        print(text.rest())
+        return 0
+    for prompt, ids in zip(arguments.prompt, generate(model, prompts, sampling, **limits)):
+        print(f"{prompt}{tokenizer.decode(ids)}\n")
     return 0

@@ -1,86 +1,127 @@
-"""Decode token by token from one process's model."""
+"""Decode batches of sequences, token by token, on one process.
+
+Prompts of different lengths are padded on the left (``infer/cache``); a sequence that has ended
+leaves the batch, so that the rest goes on alone. A sequence's random choices do not depend on its
+neighbours.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
 from ultramem_ds.infer.cache import DecodeCache
+from ultramem_ds.infer.graphs import GraphStepper
+from ultramem_ds.infer.sampling import Sampling, choose
 from ultramem_ds.model.lm import LanguageModel
 
-
-@dataclass(frozen=True, kw_only=True)
-class Sampling:
-    """How the next token is chosen.
-
-    Attributes:
-        max_new_tokens: stop after so many.
-        temperature: 0 takes the most likely token.
-        top_k: keep the k most likely tokens; 0 = all.
-        top_p: keep the smallest set of tokens with this mass; 1 = all.
-        seed: of the random choices.
-    """
-
-    max_new_tokens: int = 128
-    temperature: float = 1.0
-    top_k: int = 0
-    top_p: float = 1.0
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        if self.max_new_tokens < 1:
-            raise ValueError(f"--max-new-tokens {self.max_new_tokens} must be at least 1")
-        if self.temperature < 0:
-            raise ValueError(f"--temperature {self.temperature} must not be negative")
-        if self.top_k < 0:
-            raise ValueError(f"--top-k {self.top_k} must not be negative")
-        if not 0 < self.top_p <= 1:
-            raise ValueError(f"--top-p {self.top_p} must be in (0, 1]")
+# B sequences still decoding, S tokens of the longest prompt, W vocabulary.
 
 
-def choose(logits_BW: Tensor, sampling: Sampling, generator: torch.Generator) -> Tensor:
-    """Pick one token per row of ``logits_BW``; returns ``(B,)`` int64."""
-    if sampling.temperature == 0:
-        return logits_BW.argmax(-1)
-    logits_BW = logits_BW.float() / sampling.temperature
-    ordered_BW, ids_BW = logits_BW.sort(dim=-1, descending=True, stable=True)
-    probs_BW = ordered_BW.softmax(-1)
-    mass_before_BW = probs_BW.cumsum(-1) - probs_BW
-    probs_BW = probs_BW.masked_fill(mass_before_BW >= sampling.top_p, 0.0)
-    if sampling.top_k:
-        probs_BW[:, sampling.top_k :] = 0.0
-    pick_B1 = torch.multinomial(probs_BW, 1, generator=generator)
-    return ids_BW.gather(-1, pick_B1).squeeze(-1)
+class NewToken(NamedTuple):
+    """One decoded token."""
+
+    sequence: int  # index of its prompt
+    token: int
+
+
+class Stepper(Protocol):
+    """Runs one decode step of a batch."""
+
+    def step(self, tokens_B1: Tensor) -> Tensor:
+        """Logits ``(B, W)`` of the token after these."""
+        ...
+
+    def select(self, rows: Sequence[int]) -> None:
+        """Keep only these sequences."""
+        ...
+
+
+class EagerStepper:
+    """Runs the model's own forward."""
+
+    def __init__(self, model: LanguageModel, cache: DecodeCache) -> None:
+        self.model = model
+        self.cache = cache
+
+    def step(self, tokens_B1: Tensor) -> Tensor:
+        """See :class:`Stepper`."""
+        return self.model.logits(tokens_B1, state=self.cache)[:, -1]
+
+    def select(self, rows: Sequence[int]) -> None:
+        """See :class:`Stepper`."""
+        self.cache.select(rows)
+
+
+def pad_left(prompts: Sequence[Sequence[int]], fill: int) -> tuple[Tensor, list[int]]:
+    """Token ids ``(B, S)`` with every prompt at the right edge, and each one's padding."""
+    width = max(len(prompt) for prompt in prompts)
+    padding = [width - len(prompt) for prompt in prompts]
+    rows = [[fill] * pad + list(prompt) for pad, prompt in zip(padding, prompts)]
+    return torch.tensor(rows), padding
 
 
 @torch.no_grad()
 def stream(
     model: LanguageModel,
-    prompt: Sequence[int],
+    prompts: Sequence[Sequence[int]],
     sampling: Sampling,
+    *,
     eos_id: int,
     vocab_size: int,
-) -> Iterator[int]:
-    """Yield the continuation of ``prompt``, one token id at a time.
+) -> Iterator[NewToken]:
+    """Yield the continuations of ``prompts`` as they are decoded.
 
     Args:
         model: in evaluation mode, with local lookups.
-        prompt: at least one token id.
+        prompts: each at least one token id; any lengths.
         sampling: how tokens are chosen and how many.
-        eos_id: decoding stops at this id, which is not yielded.
+        eos_id: a sequence ends at this id, which is not yielded.
         vocab_size: entries of the tokenizer; the model's padding is never chosen.
+
+    Raises:
+        ValueError: if there is no prompt or one is empty.
     """
+    if not prompts or not all(prompts):
+        raise ValueError("every prompt needs at least one token; begin with the end-of-text id")
     device = model.embedding.weight.device
-    generator = torch.Generator(device=device).manual_seed(sampling.seed)
-    cache = DecodeCache(model)
-    tokens_BS = torch.tensor([list(prompt)], device=device)
-    for _ in range(sampling.max_new_tokens):
-        logits_BW = model.logits(tokens_BS, state=cache)[:, -1, :vocab_size]
-        next_B = choose(logits_BW, sampling, generator)
-        if int(next_B[0]) == eos_id:
+    tokens_BS, padding = pad_left(prompts, fill=eos_id)
+    cache = DecodeCache(model, padding)
+    live = list(range(len(prompts)))
+    generators = [sampling.generator(i, device) for i in live]
+    logits_BW = model.head(model.hidden(tokens_BS.to(device), state=cache)[0][:, -1])
+    stepper: Stepper = (
+        GraphStepper(model, cache) if device.type == "cuda" else EagerStepper(model, cache)
+    )
+    for remaining in reversed(range(sampling.max_new_tokens)):
+        next_B = choose(logits_BW[:, :vocab_size], sampling, [generators[i] for i in live])
+        chosen = next_B.tolist()
+        for sequence, token in zip(live, chosen):
+            if token != eos_id:
+                yield NewToken(sequence, token)
+        kept = [row for row, token in enumerate(chosen) if token != eos_id]
+        if not kept or remaining == 0:
             return
-        yield int(next_B[0])
-        tokens_BS = next_B.unsqueeze(1)
+        if len(kept) < len(live):
+            stepper.select(kept)
+            next_B = next_B[kept]
+            live = [live[row] for row in kept]
+        logits_BW = stepper.step(next_B.unsqueeze(1))
+
+
+def generate(
+    model: LanguageModel,
+    prompts: Sequence[Sequence[int]],
+    sampling: Sampling,
+    *,
+    eos_id: int,
+    vocab_size: int,
+) -> list[list[int]]:
+    """Continuations of ``prompts`` without the prompts; see :func:`stream`."""
+    continuations: list[list[int]] = [[] for _ in prompts]
+    for new in stream(model, prompts, sampling, eos_id=eos_id, vocab_size=vocab_size):
+        continuations[new.sequence].append(new.token)
+    return continuations

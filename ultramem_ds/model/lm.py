@@ -5,8 +5,8 @@ Letters: B sequences, S tokens per sequence, D hidden, W vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Protocol, TypedDict, cast
+from collections.abc import Callable, Sequence
+from typing import NamedTuple, Protocol, TypedDict, cast
 
 import torch
 import torch.nn.functional as F
@@ -30,19 +30,26 @@ from ultramem_ds.model.transformer import (
 )
 
 
+class StepInputs(NamedTuple):
+    """What a forward over S further positions of a decoding batch is given."""
+
+    positions_BS: Tensor  # rotary positions, (1 or B, S)
+    mask_BSS: Tensor | None  # see AttentionContext
+    doc_starts_BS: Tensor | None  # True at a sequence's first token; None: nothing starts here
+
+
 class DecodeState(Protocol):
     """What decoding carries from call to call (``infer/cache.py``)."""
 
-    kv: list[KVSlot]  # one per block
     conv: list[Tensor | None]  # one per memory layer: its last kernel - 1 inputs
 
     @property
-    def length(self) -> int:
-        """Positions already seen."""
+    def kv(self) -> Sequence[KVSlot]:
+        """One per block."""
         ...
 
-    def mask(self, num_new: int) -> Tensor | None:
-        """Attention mask of ``num_new`` further positions, or None for plain causal."""
+    def enter(self, num_new: int) -> StepInputs:
+        """Begin a forward over ``num_new`` further positions."""
         ...
 
 
@@ -103,7 +110,7 @@ class LanguageModel(nn.Module):
             doc_begins_BS: index of the first token of each position's document, int64: attention
                 and the memory's query convolution stay inside it; None ignores documents.
             positions_BS: rotary positions; None counts from the start of the sequence.
-            state: carries decoding from call to call.
+            state: carries decoding from call to call; it gives documents and positions itself.
 
         Returns:
             The normalised hidden states ``(B, S, D)``, then the blocks' balance losses and expert
@@ -111,11 +118,11 @@ class LanguageModel(nn.Module):
         """
         model = self.config.model
         S = tokens_BS.shape[1]
+        mask_BSS = doc_starts_BS = None
+        if state is not None:
+            positions_BS, mask_BSS, doc_starts_BS = state.enter(S)
         if positions_BS is None:
-            begin = 0 if state is None else state.length
-            positions_BS = torch.arange(begin, begin + S, device=tokens_BS.device).unsqueeze(0)
-        mask_BSS = None if state is None else state.mask(S)
-        doc_starts_BS = None
+            positions_BS = torch.arange(S, device=tokens_BS.device).unsqueeze(0)
         if doc_begins_BS is not None:
             index_S = torch.arange(S, device=tokens_BS.device)
             doc_starts_BS = doc_begins_BS == index_S

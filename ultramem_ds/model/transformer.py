@@ -23,8 +23,6 @@ from ultramem_ds.model.roles import tag
 class KVSlot(Protocol):
     """One block's key/value cache (``infer/cache.py``)."""
 
-    length: int  # positions held
-
     def update(self, keys_BASK: Tensor, values_BASK: Tensor) -> tuple[Tensor, Tensor]:
         """Append the new positions; return all keys and values so far, ``(B, A, S_total, K)``."""
         ...
@@ -38,7 +36,7 @@ class AttentionContext:
         cos_BSK: cosines of the rotary angles, ``(1 or B, S, K)``, the activations' dtype.
         sin_BSK: sines, same shape.
         mask_BSS: True where a query (row) may attend to a key (column), ``(1 or B, 1, S,
-            S_total)``; None means plain causal attention.
+            S_total)``; None means plain causal attention (of one query: to all).
     """
 
     cos_BSK: Tensor
@@ -114,7 +112,7 @@ class Attention(nn.Module):
             v_BASK,
             attn_mask=context.mask_BSS,
             dropout_p=self.dropout if self.training else 0.0,
-            is_causal=context.mask_BSS is None,
+            is_causal=context.mask_BSS is None and S > 1,
         )
         return self.out_proj(out_BASK.transpose(1, 2).reshape(B, S, D))
 

@@ -1,0 +1,148 @@
+"""Sampling, stopping, streaming text, and the expert layer of decoding."""
+
+import pytest
+import torch
+
+from ultramem_ds.config.schema import ModelConfig, MoEConfig
+from ultramem_ds.infer.cache import KVCache
+from ultramem_ds.infer.experts import GroupedExperts
+from ultramem_ds.infer.generate import generate, stream
+from ultramem_ds.infer.sampling import Sampling, choose, distribution
+from ultramem_ds.infer.text import Detokenizer
+from ultramem_ds.model.moe import MixtureOfExperts
+
+LOGITS = torch.log(torch.tensor([[0.1, 0.5, 0.15, 0.25]]))
+
+
+class Counter(torch.nn.Module):
+    """Stands for a model: after token t comes t + 1, with certainty."""
+
+    def __init__(self):
+        super().__init__()
+        self.embedding = torch.nn.Embedding(1, 1)
+        self.blocks, self.memories = [object()], []
+
+    def hidden(self, tokens_BS, state):
+        self.batch_sizes = [tokens_BS.shape[0]]
+        return (tokens_BS,)
+
+    def head(self, tokens_B):
+        return torch.nn.functional.one_hot(tokens_B + 1, 16).float() * 100
+
+    def logits(self, tokens_BS, state):
+        self.batch_sizes.append(tokens_BS.shape[0])
+        return self.head(tokens_BS)
+
+
+def test_cuts_keep_the_right_tokens():
+    def kept(**settings):
+        probs, ids = distribution(LOGITS, Sampling(**settings))
+        return {int(i): round(float(p), 4) for p, i in zip(probs[0], ids[0]) if p > 0}
+
+    assert kept() == {1: 0.5, 3: 0.25, 2: 0.15, 0: 0.1}
+    assert kept(top_k=2) == {1: 0.5, 3: 0.25}
+    assert kept(top_p=0.5) == {1: 0.5}
+    assert kept(top_p=0.51) == {1: 0.5, 3: 0.25}
+    assert kept(top_p=1e-9, top_k=3) == {1: 0.5}
+    cold = kept(temperature=0.5)  # squares, normalised
+    assert cold == pytest.approx({1: 0.7246, 3: 0.1812, 2: 0.0652, 0: 0.029}, abs=1e-4)
+
+
+def test_choices_follow_the_distribution():
+    generator = torch.Generator().manual_seed(1)
+    picks = choose(LOGITS.expand(4000, 4), Sampling(top_k=2), [generator] * 4000)
+    shares = torch.bincount(picks, minlength=4) / 4000
+    # Standard deviation of a share: sqrt(2/9 / 4000) < 0.008; four of them.
+    torch.testing.assert_close(shares, torch.tensor([0, 2 / 3, 0, 1 / 3]), atol=0.03, rtol=0)
+
+
+def test_greedy_ignores_the_seed():
+    assert choose(LOGITS, Sampling(temperature=0), []).tolist() == [1]
+
+
+@pytest.mark.parametrize(
+    "bad", [{"temperature": -1}, {"top_k": -1}, {"top_p": 0}, {"max_new_tokens": 0}, {"seed": -1}]
+)
+def test_bad_settings_are_named(bad):
+    with pytest.raises(ValueError, match=f"--{next(iter(bad)).replace('_', '-')}"):
+        Sampling(**bad)
+
+
+def test_each_sequence_stops_for_itself():
+    model = Counter()
+    new = list(
+        stream(model, [[2], [7, 8], [5]], Sampling(max_new_tokens=4), eos_id=9, vocab_size=16)
+    )
+    assert new[:2] == [(0, 3), (2, 6)]  # sequence 1 ended at once, unseen
+    assert [token for sequence, token in new if sequence == 0] == [3, 4, 5, 6]
+    assert [token for sequence, token in new if sequence == 2] == [6, 7, 8]
+    assert model.batch_sizes == [3, 2, 2, 2]  # ended sequences cost nothing more
+
+
+def test_padded_vocabulary_is_never_chosen():
+    assert generate(Counter(), [[6]], Sampling(max_new_tokens=1), eos_id=0, vocab_size=7) != [[7]]
+
+
+def test_empty_prompts_are_refused():
+    for prompts in ([], [[1], []]):
+        with pytest.raises(ValueError, match="at least one token"):
+            generate(Counter(), prompts, Sampling(), eos_id=0, vocab_size=16)
+
+
+def test_sampled_sequences_do_not_depend_on_their_neighbours():
+    class Flat(Counter):
+        def head(self, tokens_B):
+            return torch.zeros(*tokens_B.shape, 16)
+
+    limits = {"eos_id": 99, "vocab_size": 16}
+    runs = [
+        generate(Flat(), prompts, Sampling(max_new_tokens=20, seed=4), **limits)
+        for prompts in ([[1], [1], [1]], [[1], [1]])
+    ]
+    assert runs[0][:2] == runs[1]
+    assert runs[0][0] != runs[0][1]
+    other = generate(Flat(), [[1]], Sampling(max_new_tokens=20, seed=5), **limits)
+    assert other[0] != runs[0][0]
+
+
+def test_kv_cache_grows_by_blocks():
+    cache, pieces = KVCache(block_size=4), []
+    for length, capacity in ((3, 4), (1, 4), (2, 8), (7, 16)):
+        piece = torch.randn(2, 3, length, 5)
+        pieces.append(piece)
+        keys, values = cache.update(piece, -piece)
+        assert cache.capacity == capacity
+        torch.testing.assert_close(keys, torch.cat(pieces, dim=2), rtol=0, atol=0)
+        torch.testing.assert_close(values, -keys, rtol=0, atol=0)
+
+
+def test_text_comes_in_pieces_that_join():
+    text = "naïve — 世界 🌍 end" * 9
+    ids = list(text.encode())
+    detokenizer = Detokenizer(lambda some: bytes(some).decode(errors="replace"))
+    pieces = [detokenizer.push(token) for token in ids]
+    assert "".join(pieces) == text and detokenizer.rest() == ""
+    assert "\ufffd" not in "".join(pieces)
+    assert detokenizer.push(0xF0) == "" and detokenizer.rest() == "\ufffd"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("top_k", [1, 2])
+@torch.no_grad()
+def test_grouped_experts_are_the_mixture_and_read_only_the_chosen(dtype, top_k):
+    config = ModelConfig(kind="moe", hidden_size=32, inner_size=64, num_heads=2)
+    torch.manual_seed(0)
+    mixture = MixtureOfExperts(config, MoEConfig(num_experts=8, top_k=top_k)).to(dtype)
+    x_BSD = torch.randn(2, 3, 32, dtype=dtype)
+    expected = mixture(x_BSD)
+    used = expected.expert_counts > 0
+    assert not used.all()
+    for expert, chosen in zip(mixture.experts, used):
+        if not chosen:
+            expert.up_proj.weight.fill_(float("nan"))
+            expert.down_proj.weight.fill_(float("nan"))
+    got = GroupedExperts(mixture)(x_BSD)
+    assert torch.equal(got.expert_counts, expected.expert_counts)
+    # Same products, perhaps another order of sums over 64: a few units in the last place.
+    tolerance = 1e-5 if dtype == torch.float32 else 2e-2
+    torch.testing.assert_close(got.y_BSD, expected.y_BSD, rtol=tolerance, atol=tolerance)
