@@ -1,7 +1,7 @@
 """Series and memory of the debug presets on 1, 2 and 4 ranks, as Markdown (docs/measurements.md).
 
-    python benchmarks/spine.py series --data DIR     # losses and gradient norms side by side
-    python benchmarks/spine.py memory --data DIR     # peak memory per rank, a table that dominates
+python benchmarks/spine.py series --data DIR     # losses and gradient norms side by side
+python benchmarks/spine.py memory --data DIR     # peak memory per rank, a table that dominates
 """
 
 from __future__ import annotations
@@ -43,7 +43,9 @@ def series(data: Path, steps: int) -> None:
         rows = []
         for step in range(steps):
             records = [run["metrics"][step] for run in runs]
-            cells = [f"{r['loss']:.7f}" for r in records] + [f"{r['grad_norm']:.7f}" for r in records]
+            cells = [f"{r['loss']:.7f}" for r in records] + [
+                f"{r['grad_norm']:.7f}" for r in records
+            ]
             rows.append([str(step + 1), *cells])
         worst = max(
             abs(run["metrics"][s][key] / runs[0]["metrics"][s][key] - 1)
