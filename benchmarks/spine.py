@@ -43,9 +43,7 @@ def series(data: Path, steps: int) -> None:
         rows = []
         for step in range(steps):
             records = [run["metrics"][step] for run in runs]
-            cells = [f"{r['loss']:.7f}" for r in records] + [
-                f"{r['grad_norm']:.7f}" for r in records
-            ]
+            cells = [f"{r[key]:.7f}" for key in ("loss", "grad_norm") for r in records]
             rows.append([str(step + 1), *cells])
         worst = max(
             abs(run["metrics"][s][key] / runs[0]["metrics"][s][key] - 1)
