@@ -19,7 +19,7 @@ OUTPUT ?= runs/data
 TOKENIZER ?= runs/demo/tokenizer.json
 LOGDIR ?= runs
 
-.PHONY: help install demo clean-demo test lint format check train prepare tensorboard evaluate generate bench clean
+.PHONY: help install demo ablation clean-demo test lint format check train prepare tensorboard evaluate generate bench clean
 .DEFAULT_GOAL := help
 
 help: ## list the targets
@@ -36,6 +36,9 @@ install: $(VENV)/.installed ## make .venv with everything that demo and test nee
 
 demo: install ## write a corpus, train dense, MoE and UltraMem on it with 2 ranks, compare them
 	$(PY) -m ultramem_ds.demo
+
+ablation: install ## Table 2 at debug scale on the demo corpus: ARGS="--seeds 3 --steps 150"
+	$(PY) -m ultramem_ds.demo.ablation $(ARGS)
 
 clean-demo: ## forget the demo: corpus, data, runs
 	rm -rf runs/demo
