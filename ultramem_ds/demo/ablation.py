@@ -1,7 +1,7 @@
 """``make ablation``: Table 2 of the paper at debug scale, on the demo's corpus.
 
-The rows are the presets ``ablation-00-pkm`` ... ``ablation-11-query-conv`` with every width divided by
-8 and every table by 40, several seeds, side by side with the paper's differences. Two more rows
+The rows are the presets ``ablation-00-pkm`` ... ``ablation-11-query-conv``, widths divided by
+8 and tables by 40, several seeds, side by side with the paper's differences. Two more rows
 compare the candidate searches beyond the paper. Finished runs are skipped, interrupted ones resume.
 """
 
