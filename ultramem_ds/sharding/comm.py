@@ -11,8 +11,9 @@ Letters: P ranks of the group, M entries on the move.
 
 from __future__ import annotations
 
+import contextlib
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, Literal, TypeAlias
 
 import torch
@@ -128,6 +129,36 @@ class Comm:
     def barrier(self) -> None:
         """Waits until every rank of the group is here."""
         dist.barrier(group=self.group)
+
+    def all_agree(self, mine: bool) -> bool:
+        """Whether ``mine`` is true on every rank of the group."""
+        disagree = torch.tensor(float(not mine), device=self._device)
+        return not self.all_reduce_max_(disagree).item()
+
+    @contextlib.contextmanager
+    def raising_together(self, kind: type[Exception]) -> Iterator[None]:
+        """If some rank raises ``kind`` inside, every rank of the group raises it at the end.
+
+        No collective may run inside: the ranks that fail would miss it. The message is that of the
+        first rank that failed, with its number.
+        """
+        message: str | None = None
+        try:
+            yield
+        except kind as error:
+            message = str(error)
+        if self.all_agree(message is None):
+            return
+        messages: list[str | None] = [None] * self.world_size
+        dist.all_gather_object(messages, message, group=self.group)
+        rank, first = next((r, m) for r, m in enumerate(messages) if m is not None)
+        raise kind(first if rank == self.rank else f"{first} (found by rank {rank})")
+
+    @property
+    def _device(self) -> torch.device:
+        """Where the backend of the group takes tensors."""
+        backend = dist.get_backend(self.group)
+        return torch.device("cuda" if backend == "nccl" else "cpu")
 
     def transfer(
         self,

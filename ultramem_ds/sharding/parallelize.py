@@ -20,6 +20,7 @@ from ultramem_ds.sharding.deepspeed_import import deepspeed
 from ultramem_ds.sharding.experts import ExpertParallelMLP, canonical_name, expert_parallel_size
 from ultramem_ds.sharding.groups import TableGroups, make_groups
 from ultramem_ds.sharding.lookup import build_lookup
+from ultramem_ds.sharding.optimizer_state import OptimizerState, Zero12State
 from ultramem_ds.sharding.planner import resolve_partition
 from ultramem_ds.sharding.runtime import Ranks
 from ultramem_ds.sharding.shard import TableShard
@@ -33,12 +34,14 @@ class ParallelModel:
     Attributes:
         engine: the DeepSpeed engine; ``engine.module`` is the :class:`LanguageModel`.
         tables: the value tables on this rank; None without memory layers.
+        states: where masters and moments lie, by name of the file that keeps them.
         partition: the scheme in use, empty without memory layers.
         first_expert: global index of this rank's first expert (kind moe), else 0.
     """
 
     engine: Any
     tables: zero3.Zero3Tables | None
+    states: dict[str, OptimizerState]
     partition: str
     first_expert: int
 
@@ -97,7 +100,12 @@ def parallelize(config: Config, ranks: Ranks, engine_config: dict[str, Any]) -> 
     engine = _initialize(model, config, engine_config)
     if tables is not None:
         tables.keep_partitioned(engine)
-    return ParallelModel(engine, tables, partition, first_expert)
+    states: dict[str, OptimizerState] = {}
+    if partitioned:
+        states["zero"] = zero3.Zero3State(engine, tables.blocks() if tables is not None else {})
+    else:
+        states["zero"] = Zero12State(engine, lambda name: canonical_name(name, first_expert))
+    return ParallelModel(engine, tables, states, partition, first_expert)
 
 
 def _install_tables(

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from ultramem_ds.config.schema import MemoryConfig
+from ultramem_ds.sharding.blocks import Block
 
 SCHEMES = ("number-wise", "dimension-wise", "owner-pooled")
 
@@ -73,6 +74,11 @@ class ShardLayout:
     def shape(self) -> tuple[int, int]:
         """Shape of the held block."""
         return (self.num_rows, self.num_columns)
+
+    def block(self, spec: TableSpec) -> Block:
+        """The held block without padding rows."""
+        num_rows = max(0, min(self.num_rows, spec.num_rows - self.first_row))
+        return Block(self.first_row, num_rows, self.first_column, self.num_columns)
 
 
 def rows_per_rank(num_rows: int, world_size: int) -> int:

@@ -18,15 +18,18 @@ Letters: N physical rows, V value width, R rows on this rank, P ranks that share
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ultramem_ds.model.memory.lookup import ValueTable
+from ultramem_ds.sharding.blocks import Block, Piece, flat_range
 from ultramem_ds.sharding.comm import Comm
 from ultramem_ds.sharding.deepspeed_import import deepspeed
+from ultramem_ds.sharding.optimizer_state import adam_buffers, set_adam_step
 from ultramem_ds.sharding.shard import TableShard
 
 
@@ -131,3 +134,67 @@ class Zero3Tables:
             grad_RV = shard.reduced_gradient().div_(self.world_size)
             deepspeed.utils.safe_set_local_grad(param, grad_RV.flatten())
             shard.zero_gradient()
+
+    def blocks(self) -> dict[int, Block]:
+        """The rows and columns of its table that each shard holds, by the parameter's id."""
+        return {id(p): shard.layout.block(shard.spec) for p, shard in zip(self.params, self.shards)}
+
+
+class Zero3State:
+    """Masters and moments under ZeRO-3: sub-groups of parameters' slices, flattened.
+
+    Args:
+        engine: a DeepSpeed engine of stage 3.
+        table_blocks: what this rank holds of each value table, by ``id`` of the parameter.
+    """
+
+    def __init__(self, engine: Any, table_blocks: dict[int, Block]) -> None:
+        self._zero = engine.optimizer
+        self._names = {id(p): name for name, p in engine.module.named_parameters()}
+        self._table_blocks = table_blocks
+
+    @property
+    def num_buffers(self) -> int:
+        """See ``OptimizerState``."""
+        return len(self._zero.fp16_groups)
+
+    def pieces(self) -> list[Piece]:
+        """Slices without elements of the parameter (all padding) are left out."""
+        found = []
+        for buffer, params in enumerate(self._zero.fp16_groups):
+            offset = 0
+            for param in params:
+                block = self._table_blocks.get(id(param)) or _flat_slice(param)
+                if block.numel:
+                    found.append(Piece(self._names[id(param)], buffer, offset, block))
+                offset += param.partition_numel()
+        return found
+
+    @contextlib.contextmanager
+    def open_buffer(self, index: int) -> Iterator[dict[str, Tensor]]:
+        """See ``OptimizerState``; a buffer on NVMe is read before and written after."""
+        zero = self._zero
+        swapped = zero._swappable_optimizer_subgroup(index)
+        if swapped:
+            zero._optimizer_states_and_gradient_swap_in(index)
+        yield adam_buffers(zero.optimizer, zero.fp32_partitioned_groups_flat[index])
+        zero._reassign_or_swap_out_partitioned_parameters(index)
+        if swapped:
+            zero._optimizer_states_and_gradient_swap_out(index)
+
+    def set_step(self, step: int) -> None:
+        """See ``OptimizerState``."""
+        for master in self._zero.fp32_partitioned_groups_flat:
+            set_adam_step(self._zero.optimizer, master, step)
+
+    def publish(self) -> None:
+        """Gather the small parameters that ZeRO-3 keeps whole; slices follow their buffers."""
+        self._zero.checkpoint_event_prologue()
+        self._zero.checkpoint_event_epilogue()
+
+
+def _flat_slice(param: nn.Parameter) -> Block:
+    """This rank's elements of a parameter that ZeRO-3 cuts into equal slices, the last padded."""
+    numel = param.partition_numel()
+    first = param.ds_zero_partition_rank * numel
+    return flat_range(first, max(0, min(numel, param.ds_numel - first)))

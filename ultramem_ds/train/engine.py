@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
-import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +15,7 @@ from ultramem_ds.config.deepspeed import BatchPlan, engine_config, zero_stage
 from ultramem_ds.config.load import to_dict
 from ultramem_ds.config.schema import Config
 from ultramem_ds.data.loader import MicroBatch
+from ultramem_ds.elastic.load import EngineCheckpoint, parameter_records
 from ultramem_ds.model.lm import LanguageModel
 from ultramem_ds.optim.param_groups import SCHEDULES
 from ultramem_ds.sharding.comm import Comm
@@ -76,6 +75,9 @@ class TrainEngine:
         self.tables = parallel.tables
         self.partition = parallel.partition
         self.statistics = MemoryStatistics(self.model, self.comm, ranks.device)
+        self.checkpoint = EngineCheckpoint(
+            self.engine, parallel.states, parameter_records(config), self.comm
+        )
 
     @property
     def model(self) -> LanguageModel:
@@ -141,11 +143,11 @@ class TrainEngine:
         """Write a checkpoint after ``step`` optimizer steps and make it the latest."""
         tag = checkpoints.staging_tag(step)
         directory = checkpoints.checkpoints_dir(run_dir)
-        with contextlib.redirect_stdout(sys.stderr):
-            self.engine.save_checkpoint(str(directory), tag=tag, save_latest=False)
+        self.checkpoint.save(directory, tag)
         _save_rng(directory / tag, self.ranks)
         self.comm.barrier()
         if self.ranks.is_main:
+            self.checkpoint.seal(directory, tag)
             checkpoints.publish(
                 run_dir,
                 checkpoints.TrainerState(
@@ -162,16 +164,13 @@ class TrainEngine:
         self.comm.barrier()
 
     def load(self, checkpoint: Path) -> checkpoints.TrainerState:
-        """Restore parameters, optimizer state and random-number states.
+        """Restore parameters, optimizer state and random-number states, from any world size.
 
         Raises:
-            ValueError: if the checkpoint cannot be loaded here.
+            ValueError: on every rank, if the checkpoint cannot be loaded on some rank.
         """
         state = checkpoints.read_trainer_state(checkpoint)
-        with contextlib.redirect_stdout(sys.stderr):
-            path, _ = self.engine.load_checkpoint(str(checkpoint.parent), tag=checkpoint.name)
-        if path is None:
-            raise ValueError(f"{checkpoint} could not be loaded by DeepSpeed")
+        self.checkpoint.load(checkpoint)
         if state.world_size == self.ranks.world_size:
             _load_rng(checkpoint, self.ranks)
         self.model.mark_stale()

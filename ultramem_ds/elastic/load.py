@@ -1,0 +1,190 @@
+"""Save and load an engine's checkpoint, at the same layout or at any other.
+
+Phases of a load, each rank for itself but for the last: check the files against their record;
+compare the recorded pieces with the engine's (the same on every rank: DeepSpeed's own load is exact
+and is used); else fill every flat buffer piece by piece from the old ranks' files, set Adam's step
+and the counters, restore the buffers, and let the parameters follow the masters (a collective).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ultramem_ds.config.schema import Config
+from ultramem_ds.elastic.reader import CheckpointReader
+from ultramem_ds.elastic.record import (
+    ParameterRecord,
+    Store,
+    check_files,
+    write_layout,
+    write_rank_layout,
+)
+from ultramem_ds.model.lm import LanguageModel
+from ultramem_ds.sharding.blocks import Piece
+from ultramem_ds.sharding.comm import Comm
+from ultramem_ds.sharding.optimizer_state import OptimizerState
+
+ZERO = "zero"  # the store that DeepSpeed writes
+
+
+class EngineCheckpoint:
+    """The checkpoints of one engine.
+
+    Args:
+        engine: the DeepSpeed engine.
+        states: where its optimizer state lies, by store; ``ZERO`` is DeepSpeed's own.
+        parameters: the one-process model's, by name.
+        comm: all ranks.
+    """
+
+    def __init__(
+        self,
+        engine: Any,
+        states: Mapping[str, OptimizerState],
+        parameters: Mapping[str, ParameterRecord],
+        comm: Comm,
+    ) -> None:
+        self.engine = engine
+        self.states = dict(states)
+        self.parameters = dict(parameters)
+        self.comm = comm
+
+    def save(self, directory: Path, tag: str) -> None:
+        """Write ``directory/tag``, every rank its part; complete, but for ``layout.json``."""
+        with contextlib.redirect_stdout(sys.stderr):
+            self.engine.save_checkpoint(str(directory), tag=tag, save_latest=False)
+        file = Path(self.engine._get_zero_ckpt_name(str(directory), tag)).name
+        stores = {name: Store(file, state.pieces()) for name, state in self.states.items()}
+        write_rank_layout(directory / tag, self.comm.rank, stores)
+
+    def seal(self, directory: Path, tag: str) -> None:
+        """Record all files; one rank, after all ranks' ``save``."""
+        write_layout(directory / tag, self.comm.world_size, self.parameters)
+
+    def load(self, checkpoint: Path) -> bool:
+        """Restore parameters, optimizer state, counters and buffers.
+
+        Returns:
+            Whether the layout was the same, so that DeepSpeed's own load could be used.
+
+        Raises:
+            ValueError: on every rank, if any rank cannot load its part; the message says why.
+        """
+        with self.comm.raising_together(ValueError):
+            reader = CheckpointReader(checkpoint)
+            self._check_model(reader)
+        live = {name: state.pieces() for name, state in self.states.items()}
+        same = self.comm.all_agree(_pieces_match(reader, self.comm.rank, live))
+        if same:
+            self._load_exactly(reader)
+        else:
+            with self.comm.raising_together(ValueError):
+                for state in self.states.values():
+                    fill_state(reader, state, self.comm.rank)
+                restore_counters(reader, self.engine)
+            for state in self.states.values():
+                state.publish()
+        with self.comm.raising_together(ValueError):
+            for state in self.states.values():
+                check_finite(checkpoint, state)
+        return same
+
+    def _check_model(self, reader: CheckpointReader) -> None:
+        for name, record in self.parameters.items():
+            stored = reader.parameters.get(name)
+            if stored != record:
+                shape = None if stored is None else stored.shape
+                raise ValueError(
+                    f"{reader.checkpoint} holds {name} as {shape}, this model has {record.shape}"
+                )
+
+    def _load_exactly(self, reader: CheckpointReader) -> None:
+        checkpoint = reader.checkpoint
+        with self.comm.raising_together(ValueError):
+            stores = reader.stores[self.comm.rank].values()
+            check_files(checkpoint, reader.layout, [store.file for store in stores])
+            check_files(checkpoint, reader.layout, [reader.model_file])
+        with contextlib.redirect_stdout(sys.stderr):
+            path, _ = self.engine.load_checkpoint(str(checkpoint.parent), tag=checkpoint.name)
+        if path is None:
+            raise ValueError(f"{checkpoint} could not be loaded by DeepSpeed")
+
+
+def parameter_records(config: Config) -> dict[str, ParameterRecord]:
+    """Name and shape of every parameter of the one-process model, from the configuration."""
+    with torch.device("meta"):
+        model = LanguageModel(config)
+    return {
+        name: ParameterRecord(tuple(param.shape), getattr(param, "role", None) == "table")
+        for name, param in model.named_parameters()
+    }
+
+
+def _pieces_match(reader: CheckpointReader, rank: int, live: dict[str, list[Piece]]) -> bool:
+    """Whether all is laid out exactly as it was on the same rank of as many when saved."""
+    if rank >= len(reader.stores):
+        return False
+    return {name: store.pieces for name, store in reader.stores[rank].items()} == live
+
+
+def fill_state(reader: CheckpointReader, state: OptimizerState, rank: int) -> None:
+    """Copy masters, moments and Adam's step from the checkpoint into ``state``.
+
+    Raises:
+        ValueError: see :meth:`CheckpointReader.read`.
+    """
+    by_buffer: list[list[Piece]] = [[] for _ in range(state.num_buffers)]
+    for piece in state.pieces():
+        by_buffer[piece.buffer].append(piece)
+    for index, pieces in enumerate(by_buffer):
+        with state.open_buffer(index) as flats:
+            for kind, flat in flats.items():
+                for piece in pieces:
+                    reader.read(piece.name, kind, piece.block, piece.view(flat), rank)
+    state.set_step(reader.step())
+
+
+def restore_counters(reader: CheckpointReader, engine: Any) -> None:
+    """Give the engine the step counts and the module's buffers of the checkpoint."""
+    saved = reader.model_states()
+    engine.global_steps = saved["global_steps"]
+    engine.global_samples = saved["global_samples"]
+    engine.skipped_steps = saved["skipped_steps"]
+    engine.micro_steps = engine.global_steps * engine.gradient_accumulation_steps()
+    buffers = dict(engine.module.named_buffers())
+    with torch.no_grad():
+        for name in saved["buffer_names"]:
+            buffers[name].copy_(saved["module"][name])
+
+
+def check_finite(checkpoint: Path, state: OptimizerState) -> None:
+    """Look at every loaded piece once.
+
+    Raises:
+        ValueError: there is NaN or infinity; the message names parameter and rows.
+    """
+    pieces = state.pieces()
+    for index in range(state.num_buffers):
+        with state.open_buffer(index) as flats:
+            for piece in pieces:
+                for kind, flat in flats.items():
+                    if piece.buffer == index:
+                        _check_piece(checkpoint, piece, kind, piece.view(flat))
+
+
+def _check_piece(checkpoint: Path, piece: Piece, kind: str, values_RC: torch.Tensor) -> None:
+    # A sum is not finite where an element is not, and needs no table of booleans.
+    sums_R = values_RC.sum(1, dtype=torch.float64)
+    bad_R = (~torch.isfinite(sums_R)).nonzero().flatten()
+    if bad_R.numel():
+        first = piece.block.first_row
+        raise ValueError(
+            f"{checkpoint} holds NaN or infinity in {kind} of {piece.name}: {bad_R.numel()} rows, "
+            f"the first is {first + int(bad_R[0])}; resume from an earlier checkpoint"
+        )

@@ -1,0 +1,150 @@
+"""Read any block of any parameter or moment out of a checkpoint, whatever layout it was written in.
+
+A reader maps the old ranks' files into memory and copies the overlaps with what is asked for: a
+rank that loads its shard of a table touches those bytes and no others.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ultramem_ds.elastic.record import (
+    LAYOUT,
+    ParameterRecord,
+    check_files,
+    rank_file,
+    read_layout,
+    read_rank_layout,
+)
+from ultramem_ds.sharding.blocks import Block, Piece
+from ultramem_ds.sharding.optimizer_state import KINDS, MASTER, MOMENTS
+
+OPEN_FILES = 16  # mapped at a time
+
+# R rows and C columns of a block.
+
+
+
+@dataclass(frozen=True)
+class StoredBuffers:
+    """The flat buffers of one file: by kind, then by number; and the updates taken."""
+
+    flats: dict[str, list[Tensor]]
+    step: int
+
+
+class CheckpointReader:
+    """One checkpoint directory, its record checked against the files as they are opened.
+
+    Args:
+        checkpoint: the directory.
+
+    Raises:
+        ValueError: the record is missing or damaged.
+    """
+
+    def __init__(self, checkpoint: Path) -> None:
+        self.checkpoint = checkpoint
+        self.layout = read_layout(checkpoint)
+        self._sources: dict[str, dict[Block, list[tuple[str, Piece]]]] = defaultdict(dict)
+        self.stores = []
+        for rank in range(self.layout.world_size):
+            check_files(checkpoint, self.layout, [rank_file(rank)])
+            stores = read_rank_layout(checkpoint, rank)
+            self.stores.append(stores)
+            for store in stores.values():
+                for piece in store.pieces:
+                    # Copies of a block on other ranks are alternatives: which one is read is free.
+                    copies = self._sources[piece.name].setdefault(piece.block, [])
+                    copies.append((store.file, piece))
+        self._open = lru_cache(maxsize=OPEN_FILES)(self._open_buffers)
+
+    @property
+    def parameters(self) -> dict[str, ParameterRecord]:
+        """All parameters by the one-process model's names."""
+        return self.layout.parameters
+
+    def check_all_files(self) -> None:
+        """Compare every file of the checkpoint with its record; costs a seek per file.
+
+        Raises:
+            ValueError: naming the first that is missing, short or foreign.
+        """
+        check_files(self.checkpoint, self.layout, self.layout.files)
+
+    def read(self, name: str, kind: str, block: Block, out_RC: Tensor, reader_rank: int = 0) -> None:
+        """Copy one block of one parameter.
+
+        Args:
+            name: parameter of the one-process model.
+            kind: one of ``KINDS``.
+            block: rows and columns of the parameter seen as a matrix.
+            out_RC: (block.num_rows, block.num_columns), any dtype and device.
+            reader_rank: spreads ranks over the copies where the checkpoint has several.
+
+        Raises:
+            ValueError: the checkpoint does not hold all of it, or a file is not what was written.
+        """
+        num_copied = 0
+        for held, copies in self._sources.get(name, {}).items():
+            part = held.overlap(block)
+            if part.numel == 0:
+                continue
+            file, piece = copies[reader_rank % len(copies)]
+            values_RC = piece.view(self._open(file).flats[kind][piece.buffer])
+            block.cut(out_RC, part).copy_(held.cut(values_RC, part))
+            num_copied += part.numel
+        if num_copied != block.numel:
+            raise ValueError(
+                f"{self.checkpoint / LAYOUT} covers {num_copied} of the {block.numel} elements of "
+                f"{name} that are needed here: it does not belong to this model"
+            )
+
+    def step(self) -> int:
+        """Optimizer updates taken."""
+        first = next(iter(self.stores[0].values()))
+        return self._open(first.file).step
+
+    @property
+    def model_file(self) -> str:
+        """Name of DeepSpeed's model file of rank 0."""
+        names = [f for f in sorted(self.layout.files) if f.endswith("_model_states.pt")]
+        return next(f for f in names if f.startswith(("mp_rank_00", "zero_pp_rank_0_")))
+
+    def model_states(self) -> dict[str, Any]:
+        """What DeepSpeed's model file of rank 0 holds: counters, and buffers under ``module``."""
+        check_files(self.checkpoint, self.layout, [self.model_file])
+        states: dict[str, Any] = torch.load(
+            self.checkpoint / self.model_file, map_location="cpu", mmap=True, weights_only=False
+        )
+        return states
+
+    def buffers(self) -> dict[str, Tensor]:
+        """The module's persistent buffers (the memory layers' singular vectors)."""
+        states = self.model_states()
+        return {name: states["module"][name] for name in states["buffer_names"]}
+
+    def _open_buffers(self, file: str) -> StoredBuffers:
+        check_files(self.checkpoint, self.layout, [file])
+        path = self.checkpoint / file
+        stored = torch.load(path, map_location="cpu", mmap=True, weights_only=False)
+        return stored_buffers(stored["optimizer_state_dict"])
+
+
+def stored_buffers(zero: dict[str, Any]) -> StoredBuffers:
+    """The flat buffers in DeepSpeed's ``optimizer_state_dict``, of any ZeRO stage."""
+    masters = zero.get("fp32_flat_groups", zero.get("single_partition_of_fp32_groups"))
+    adam = zero.get("optimizer_state_dict", zero.get("base_optimizer_state"))
+    assert masters is not None and adam is not None, list(zero)
+    states = [adam["state"][i] for group in adam["param_groups"] for i in group["params"]]
+    flats = {MASTER: list(masters), **{k: [s[k] for s in states] for k in MOMENTS}}
+    assert set(flats) == set(KINDS)
+    return StoredBuffers(flats, int(states[0]["step"]))
+
