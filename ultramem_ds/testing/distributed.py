@@ -26,6 +26,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+# Slow imports that every engine makes, done once for all ranks of all calls.
+PRELOADED = ("torch.distributed", "torch._dynamo", "deepspeed.runtime.zero.muon.muon_optimizer")
+
 GRACE_S = 2.0  # how long other ranks may take to report after the first failure
 
 
@@ -51,7 +54,7 @@ def run_ranks(
         RankFailureError: a rank raised (its traceback is the message), died or ran out of time.
     """
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["torch.distributed"])
+    context.set_forkserver_preload(list(PRELOADED))
     # Port 0: the system picks a free one, and the parent holds it before any rank starts.
     store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     with tempfile.TemporaryDirectory(prefix="ultramem-ranks-") as scratch:
