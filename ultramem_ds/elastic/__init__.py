@@ -1,1 +1,1 @@
-"""Checkpoints that move between world sizes, partition schemes and ZeRO stages (docs/checkpoints.md)."""
+"""Checkpoints that move between world sizes, schemes and ZeRO stages (docs/checkpoints.md)."""

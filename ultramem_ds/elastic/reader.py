@@ -31,7 +31,6 @@ OPEN_FILES = 16  # mapped at a time
 # R rows and C columns of a block.
 
 
-
 @dataclass(frozen=True)
 class StoredBuffers:
     """The flat buffers of one file: by kind, then by number; and the updates taken."""
@@ -79,7 +78,9 @@ class CheckpointReader:
         """
         check_files(self.checkpoint, self.layout, self.layout.files)
 
-    def read(self, name: str, kind: str, block: Block, out_RC: Tensor, reader_rank: int = 0) -> None:
+    def read(
+        self, name: str, kind: str, block: Block, out_RC: Tensor, reader_rank: int = 0
+    ) -> None:
         """Copy one block of one parameter.
 
         Args:
@@ -147,4 +148,3 @@ def stored_buffers(zero: dict[str, Any]) -> StoredBuffers:
     flats = {MASTER: list(masters), **{k: [s[k] for s in states] for k in MOMENTS}}
     assert set(flats) == set(KINDS)
     return StoredBuffers(flats, int(states[0]["step"]))
-

@@ -93,7 +93,9 @@ def read_rank_layout(checkpoint: Path, rank: int) -> dict[str, Store]:
     """
     values = _read_json(checkpoint / rank_file(rank))
     return {
-        name: Store(store["file"], [Piece(n, b, o, Block(*block)) for n, b, o, *block in store["pieces"]])
+        name: Store(
+            store["file"], [Piece(n, b, o, Block(*block)) for n, b, o, *block in store["pieces"]]
+        )
         for name, store in values["stores"].items()
     }
 

@@ -193,7 +193,7 @@ class Zero3State:
         self._zero.checkpoint_event_epilogue()
 
 
-def _flat_slice(param: nn.Parameter) -> Block:
+def _flat_slice(param: Any) -> Block:
     """This rank's elements of a parameter that ZeRO-3 cuts into equal slices, the last padded."""
     numel = param.partition_numel()
     first = param.ds_zero_partition_rank * numel
