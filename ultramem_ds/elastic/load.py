@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from ultramem_ds.config.schema import Config
-from ultramem_ds.elastic.reader import CheckpointReader
+from ultramem_ds.elastic.reader import CheckpointReader, check_finite
 from ultramem_ds.elastic.record import (
     ParameterRecord,
     Store,
@@ -90,9 +90,6 @@ class EngineCheckpoint:
                 restore_counters(reader, self.engine)
             for state in self.states.values():
                 state.publish()
-        with self.comm.raising_together(ValueError):
-            for state in self.states.values():
-                check_finite(checkpoint, state)
         return same
 
     def _check_model(self, reader: CheckpointReader) -> None:
@@ -114,6 +111,9 @@ class EngineCheckpoint:
             path, _ = self.engine.load_checkpoint(str(checkpoint.parent), tag=checkpoint.name)
         if path is None:
             raise ValueError(f"{checkpoint} could not be loaded by DeepSpeed")
+        with self.comm.raising_together(ValueError):
+            for state in self.states.values():
+                check_state(checkpoint, state)
 
 
 def parameter_records(config: Config) -> dict[str, ParameterRecord]:
@@ -163,11 +163,11 @@ def restore_counters(reader: CheckpointReader, engine: Any) -> None:
             buffers[name].copy_(saved["module"][name])
 
 
-def check_finite(checkpoint: Path, state: OptimizerState) -> None:
-    """Look at every loaded piece once.
+def check_state(checkpoint: Path, state: OptimizerState) -> None:
+    """Look once at every piece that has been loaded.
 
     Raises:
-        ValueError: there is NaN or infinity; the message names parameter and rows.
+        ValueError: there is NaN or infinity; the message names parameter and row.
     """
     pieces = state.pieces()
     for index in range(state.num_buffers):
@@ -175,16 +175,5 @@ def check_finite(checkpoint: Path, state: OptimizerState) -> None:
             for piece in pieces:
                 for kind, flat in flats.items():
                     if piece.buffer == index:
-                        _check_piece(checkpoint, piece, kind, piece.view(flat))
-
-
-def _check_piece(checkpoint: Path, piece: Piece, kind: str, values_RC: torch.Tensor) -> None:
-    # A sum is not finite where an element is not, and needs no table of booleans.
-    sums_R = values_RC.sum(1, dtype=torch.float64)
-    bad_R = (~torch.isfinite(sums_R)).nonzero().flatten()
-    if bad_R.numel():
-        first = piece.block.first_row
-        raise ValueError(
-            f"{checkpoint} holds NaN or infinity in {kind} of {piece.name}: {bad_R.numel()} rows, "
-            f"the first is {first + int(bad_R[0])}; resume from an earlier checkpoint"
-        )
+                        what = f"{kind} of {piece.name}"
+                        check_finite(piece.view(flat), piece.block, what, checkpoint)

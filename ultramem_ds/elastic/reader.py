@@ -91,7 +91,8 @@ class CheckpointReader:
             reader_rank: spreads ranks over the copies where the checkpoint has several.
 
         Raises:
-            ValueError: the checkpoint does not hold all of it, or a file is not what was written.
+            ValueError: the checkpoint does not hold all of it, a file is not what was written, or
+                there is NaN or infinity in it.
         """
         num_copied = 0
         for held, copies in self._sources.get(name, {}).items():
@@ -100,7 +101,9 @@ class CheckpointReader:
                 continue
             file, piece = copies[reader_rank % len(copies)]
             values_RC = piece.view(self._open(file).flats[kind][piece.buffer])
-            block.cut(out_RC, part).copy_(held.cut(values_RC, part))
+            target_RC = block.cut(out_RC, part)
+            target_RC.copy_(held.cut(values_RC, part))
+            check_finite(target_RC, part, f"{kind} of {name}", self.checkpoint / file)
             num_copied += part.numel
         if num_copied != block.numel:
             raise ValueError(
@@ -145,6 +148,29 @@ def stored_buffers(zero: dict[str, Any]) -> StoredBuffers:
     adam = zero.get("optimizer_state_dict", zero.get("base_optimizer_state"))
     assert masters is not None and adam is not None, list(zero)
     states = [adam["state"][i] for group in adam["param_groups"] for i in group["params"]]
-    flats = {MASTER: list(masters), **{k: [s[k] for s in states] for k in MOMENTS}}
+    flats = {MASTER: [m.detach() for m in masters], **{k: [s[k] for s in states] for k in MOMENTS}}
     assert set(flats) == set(KINDS)
     return StoredBuffers(flats, int(states[0]["step"]))
+
+
+def check_finite(values_RC: Tensor, block: Block, what: str, source: Path) -> None:
+    """Refuse NaN and infinity.
+
+    Args:
+        values_RC: the values of ``block``.
+        block: where they stand in their parameter.
+        what: kind and parameter, for the message.
+        source: file or directory that they came from.
+
+    Raises:
+        ValueError: naming source, parameter and the first bad row.
+    """
+    # A sum is not finite where a summand is not, and needs no memory of the table's size.
+    if torch.isfinite(values_RC.sum(dtype=torch.float64)):
+        return
+    bad_R = (~torch.isfinite(values_RC).all(1)).nonzero().flatten()
+    if bad_R.numel():
+        raise ValueError(
+            f"{source} holds NaN or infinity in {what}: {bad_R.numel()} rows, the first is row "
+            f"{block.first_row + int(bad_R[0])}; go back to an earlier checkpoint"
+        )
