@@ -171,7 +171,7 @@ class TrainEngine:
         """
         state = checkpoints.read_trainer_state(checkpoint)
         self.checkpoint.load(checkpoint)
-        if state.world_size == self.ranks.world_size:
+        if state.world_size == self.ranks.world_size and _rng_file(checkpoint, self.ranks).exists():
             _load_rng(checkpoint, self.ranks)
         self.model.mark_stale()
         return state
