@@ -8,7 +8,11 @@ from ultramem_ds.infer.cache import KVCache
 from ultramem_ds.infer.experts import GroupedExperts
 from ultramem_ds.infer.generate import generate, stream
 from ultramem_ds.infer.sampling import Sampling, choose, distribution
+from ultramem_ds.infer.search import PackedSearch
 from ultramem_ds.infer.text import Detokenizer
+from ultramem_ds.infer.weights import PackedLinear, PackedWeights, pack_where_possible
+from ultramem_ds.kernels.packed import can_pack, grouped_linear, pack_into, packed_shape
+from ultramem_ds.model.memory.query import LAYOUTS
 from ultramem_ds.model.moe import MixtureOfExperts
 
 LOGITS = torch.log(torch.tensor([[0.1, 0.5, 0.15, 0.25]]))
@@ -128,8 +132,9 @@ def test_text_comes_in_pieces_that_join():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("top_k", [1, 2])
+@pytest.mark.parametrize("packer", [pack_where_possible, lambda linears: None])
 @torch.no_grad()
-def test_grouped_experts_are_the_mixture_and_read_only_the_chosen(dtype, top_k):
+def test_grouped_experts_are_the_mixture_and_read_only_the_chosen(dtype, top_k, packer):
     config = ModelConfig(kind="moe", hidden_size=32, inner_size=64, num_heads=2)
     torch.manual_seed(0)
     mixture = MixtureOfExperts(config, MoEConfig(num_experts=8, top_k=top_k)).to(dtype)
@@ -141,8 +146,58 @@ def test_grouped_experts_are_the_mixture_and_read_only_the_chosen(dtype, top_k):
         if not chosen:
             expert.up_proj.weight.fill_(float("nan"))
             expert.down_proj.weight.fill_(float("nan"))
-    got = GroupedExperts(mixture)(x_BSD)
+    got = GroupedExperts(mixture, packer)(x_BSD)
     assert torch.equal(got.expert_counts, expected.expert_counts)
     # Same products, perhaps another order of sums over 64: a few units in the last place.
     tolerance = 1e-5 if dtype == torch.float32 else 2e-2
     torch.testing.assert_close(got.y_BSD, expected.y_BSD, rtol=tolerance, atol=tolerance)
+
+
+needs_native = pytest.mark.skipif(
+    not can_pack(torch.zeros(1)), reason="no compiler: packed products are torch's here"
+)
+
+
+@needs_native
+@pytest.mark.parametrize("outputs, inputs", [(32, 7), (33, 1), (1000, 520), (64, 1024), (5, 2500)])
+@pytest.mark.parametrize("rows", [1, 2, 13, 14, 15, 37])
+def test_packed_product_is_the_product(outputs, inputs, rows):
+    generator = torch.Generator().manual_seed(rows)
+    weight_NK = torch.randn(outputs, inputs, generator=generator)
+    x_MK = torch.randn(rows, inputs, generator=generator)
+    linear = torch.nn.Linear(inputs, outputs, bias=False)
+    linear.weight.data = weight_NK.clone()
+    got = PackedLinear(PackedWeights.pack([linear]))(x_MK[None])[0]
+    exact = (x_MK.double() @ weight_NK.double().T).float()
+    # Sums of up to 2500 products of unit size: sqrt(2500) * 2^-24 * a few.
+    torch.testing.assert_close(got, exact, rtol=1e-5, atol=1e-4)
+
+
+@needs_native
+def test_packed_groups_use_their_own_weights_and_skip_idle_ones():
+    generator = torch.Generator().manual_seed(0)
+    weights_XNK = torch.randn(5, 40, 24, generator=generator)
+    packed = torch.empty(5, *packed_shape(40, 24))
+    for slot, weight in zip(packed, weights_XNK):
+        pack_into(slot, weight)
+    packed[2] = float("nan")
+    counts = [3, 1, 0, 20, 0]
+    x_MK = torch.randn(24, 24, generator=generator)
+    got = grouped_linear(x_MK, packed, torch.tensor(counts).cumsum(0), 40)
+    expected = [x @ w.T for x, w in zip(x_MK.split(counts), weights_XNK)]
+    torch.testing.assert_close(got, torch.cat(expected), rtol=1e-5, atol=1e-5)
+
+
+@needs_native
+@pytest.mark.parametrize("layout", LAYOUTS.values())
+def test_packed_search_is_the_einsum(layout):
+    generator = torch.Generator().manual_seed(0)
+    sizes = {"s": 2, "h": 3, "r": 4}
+    rank = 4 if "r" in layout else 1
+    queries = torch.randn(6, *(sizes[letter] for letter in layout), 10, generator=generator)
+    product = PackedSearch(layout)
+    for _ in range(2):  # new keys are noticed
+        search = torch.randn(2, 3, 17, rank, 10, generator=generator)
+        expected = torch.einsum(f"t{layout}d,shnrd->sthn", queries, search)
+        got = product(queries, search)
+        torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)

@@ -1,4 +1,4 @@
-"""Mixture of experts for decoding: stacked weights, and only the chosen experts are read.
+"""Mixture of experts for decoding: only the chosen experts are read, each once.
 
 DeepSpeed's module runs every local expert for every call; the training module here loops over
 experts in Python. Decoding sorts the (token, choice) entries by expert and multiplies each run of
@@ -10,50 +10,50 @@ Letters: T tokens, D hidden, F inner width, X experts, k experts per token, M = 
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import TypeAlias
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ultramem_ds.infer.weights import GroupedWeights, Packer, StackedWeights
 from ultramem_ds.model.moe import MixtureOfExperts
 from ultramem_ds.model.transformer import FeedForward, MLPOutput
+
+# ``x_TD`` to weights ``(T, k)``, experts ``(T, k)`` and the balance loss.
+Router: TypeAlias = Callable[[Tensor], tuple[Tensor, Tensor, Tensor]]
 
 
 class GroupedExperts(nn.Module):
     """The function of a :class:`MixtureOfExperts`, whose experts it takes over one by one."""
 
-    def __init__(self, source: MixtureOfExperts) -> None:
+    def __init__(self, source: MixtureOfExperts, packer: Packer) -> None:
         super().__init__()
-        self.source_route = source.route
-        self.gate = source.gate
-        self.top_k = source.top_k
         experts = [expert for expert in source.experts if isinstance(expert, FeedForward)]
-        self.up_XDF = nn.Parameter(_stack([e.up_proj for e in experts]), requires_grad=False)
-        self.down_XFD = nn.Parameter(_stack([e.down_proj for e in experts]), requires_grad=False)
+        self.num_experts = len(experts)
+        self.top_k = source.top_k
+        self.route: Router = source.route
+        self.gate = source.gate
+        self.up = _grouped([expert.up_proj for expert in experts], packer)
+        self.down = _grouped([expert.down_proj for expert in experts], packer)
         source.experts = nn.ModuleList()
 
     def forward(self, x_BSD: Tensor) -> MLPOutput:
         """Route every token to its experts and sum their weighted outputs."""
         x_TD = x_BSD.reshape(-1, x_BSD.shape[-1])
-        weights_Tk, experts_Tk, balance_loss = self.source_route(x_TD)
-        num_experts = self.up_XDF.shape[0]
+        weights_Tk, experts_Tk, balance_loss = self.route(x_TD)
         experts_M, order_M = experts_Tk.flatten().sort(stable=True)
         tokens_M = order_M // self.top_k
-        counts_X = torch.zeros(num_experts, dtype=torch.int64, device=x_TD.device)
+        counts_X = torch.zeros(self.num_experts, dtype=torch.int64, device=x_TD.device)
         counts_X = counts_X.scatter_add(0, experts_M, torch.ones_like(experts_M))
-        ends_X = counts_X.cumsum(0).to(torch.int32)
-        inner_MF = F.gelu(F.grouped_mm(x_TD[tokens_M], self.up_XDF, offs=ends_X))
-        out_MD = F.grouped_mm(inner_MF, self.down_XFD, offs=ends_X).float()
+        ends_X = counts_X.cumsum(0)
+        inner_MF = F.gelu(self.up(x_TD[tokens_M], ends_X))
+        out_MD = self.down(inner_MF, ends_X).float()
         weighted_MD = out_MD * weights_Tk.flatten()[order_M].unsqueeze(-1)
         y_TD = torch.zeros_like(x_TD, dtype=torch.float32).index_add(0, tokens_M, weighted_MD)
         return MLPOutput(y_TD.to(x_BSD.dtype).view_as(x_BSD), balance_loss, counts_X)
 
 
-def _stack(linears: list[nn.Linear]) -> Tensor:
-    """Weights as ``(X, in, out)``, last dimension strided; each source is emptied once copied."""
-    out_features, in_features = linears[0].weight.shape
-    like = linears[0].weight
-    stacked = like.new_empty(len(linears), out_features, in_features, requires_grad=False)
-    for slot, linear in zip(stacked, linears):
-        slot.copy_(linear.weight.detach())
-        linear.weight = nn.Parameter(like.new_empty(0), requires_grad=False)
-    return stacked.transpose(1, 2)
+def _grouped(linears: list[nn.Linear], packer: Packer) -> GroupedWeights:
+    return packer(linears) or StackedWeights(linears)

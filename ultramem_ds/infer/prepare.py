@@ -2,17 +2,42 @@
 
 from __future__ import annotations
 
+from torch import nn
+
 from ultramem_ds.infer.experts import GroupedExperts
+from ultramem_ds.infer.search import PackedSearch
+from ultramem_ds.infer.weights import PackedLinear, Packer, pack_where_possible
+from ultramem_ds.kernels.packed import can_pack
 from ultramem_ds.model.lm import LanguageModel
 from ultramem_ds.model.moe import MixtureOfExperts
 
 
-def prepare_for_decoding(model: LanguageModel) -> LanguageModel:
+def prepare_for_decoding(
+    model: LanguageModel, packer: Packer = pack_where_possible
+) -> LanguageModel:
     """Replace, in place, what training wants by what decoding wants; returns the model.
 
-    Mixtures of experts get stacked weights, of which a step reads the chosen experts only.
+    Mixtures of experts get grouped products, which read the chosen experts only. On a CPU in fp32,
+    linear maps, experts and the memory's key search get packed weights (``kernels.packed``).
+
+    Args:
+        model: whose training ends here: its linear maps are emptied as they are taken over.
+        packer: what becomes of linear maps.
     """
-    for block in model.blocks:
-        if isinstance(block.mlp, MixtureOfExperts):
-            block.mlp = GroupedExperts(block.mlp)
-    return model.requires_grad_(False).eval()
+    model.requires_grad_(False).eval()
+    for module in list(model.modules()):
+        for name, child in list(module.named_children()):
+            if isinstance(child, MixtureOfExperts):
+                setattr(module, name, GroupedExperts(child, packer))
+    for module in list(model.modules()):
+        if isinstance(module, GroupedExperts):
+            continue  # the gate's weight is read as it is, in fp32
+        for name, child in list(module.named_children()):
+            if isinstance(child, nn.Linear):
+                weights = packer([child])
+                if weights is not None:
+                    setattr(module, name, PackedLinear(weights))
+    for memory in model.memory_layers:
+        if can_pack(memory.retrieval.keys.weight):
+            memory.retrieval.search_product = PackedSearch(memory.retrieval.layout)
+    return model

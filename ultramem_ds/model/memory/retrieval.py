@@ -13,6 +13,8 @@ of device, whatever else is in the batch.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -103,6 +105,10 @@ class Retrieval(nn.Module):
         self.form = TuckerCore(memory) if memory.retrieval == "tdqkr" else ProductKey(memory)
         self.keys = ProductKeys(memory, model.norm_eps)
         self.layout = LAYOUTS[memory.query]
+        # Queries and search keys -> (2, T, H, n); infer/ may put a faster product here.
+        self.search_product: Callable[[Tensor, Tensor], Tensor] = partial(
+            torch.einsum, self._product("")
+        )
         self.num_keys = memory.num_keys
         self.top_m = memory.top_m
         self.candidates = memory.candidates
@@ -169,7 +175,7 @@ class Retrieval(nn.Module):
 
     def _search(self, queries: Tensor, search: Tensor) -> Tensor:
         """Candidate rows and columns of every head, (2, T, H, c)."""
-        scores_2THn = torch.einsum(self._product(""), queries, search)
+        scores_2THn = self.search_product(queries, search)
         return top_candidates(scores_2THn, self.top_m, self.candidates)
 
     def _exact_scores(self, queries: Tensor, keys_2Hnrd: Tensor, index_2THc: Tensor) -> Tensor:
