@@ -147,7 +147,7 @@ def main() -> None:
     rows = table_rows()
     work = [(row, seed) for seed in range(arguments.seeds) for row in rows]
     with ThreadPoolExecutor(arguments.jobs) as pool:
-        found = pool.map(lambda job: train_row(*job, arguments.steps, data), work)
+        found = pool.map(lambda job: train_row(job[0], job[1], arguments.steps, data), work)
         results: dict[str, list[tuple[float, float]]] = {row.name: [] for row in rows}
         for (row, _), losses in zip(work, found):
             results[row.name].append(losses)
