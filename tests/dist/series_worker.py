@@ -1,0 +1,62 @@
+"""Train several small models, one after the other, on the ranks that the launcher started.
+
+Usage: ``... --module tests.dist.series_worker JOBS.json``; rank 0 writes ``OUT`` named in it.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from ultramem_ds.config.deepspeed import load_deepspeed_json, plan_batches
+from ultramem_ds.config.load import load_config
+from ultramem_ds.config.schema import Config
+from ultramem_ds.data.loader import BatchLoader
+from ultramem_ds.data.mixture import Mixture
+from ultramem_ds.sharding.runtime import Ranks, runtime
+from ultramem_ds.train.engine import TrainEngine
+
+
+def loader_of(config: Config, data: Path, ranks: Ranks, start_step: int = 0) -> BatchLoader:
+    """This rank's micro-batches, from an optimizer step on."""
+    mixture = Mixture(
+        data, "train", seq_len=config.model.seq_len, weights={}, seed=config.train.seed
+    )
+    return BatchLoader(
+        mixture,
+        global_batch_size=config.train.global_batch_size,
+        micro_batch_size=plan_batches(config, ranks.world_size).micro_batch_size,
+        rank=ranks.rank,
+        world_size=ranks.world_size,
+        start_step=start_step,
+        num_workers=0,
+    )
+
+
+def series(job: dict[str, Any], data: Path, ranks: Ranks) -> list[list[float]]:
+    """``[loss, grad_norm]`` per optimizer step."""
+    config = load_config(job["preset"], job["overrides"])
+    batches = plan_batches(config, ranks.world_size)
+    file = Path(job["deepspeed"]) if job.get("deepspeed") else None
+    engine = TrainEngine(config, ranks, load_deepspeed_json(file, config.model.kind), batches)
+    loader = loader_of(config, data, ranks)
+    micro_batches = iter(loader)
+    results = [engine.train_step(micro_batches, step) for step in range(job["steps"])]
+    loader.close()
+    return [[result.loss, result.grad_norm] for result in results]
+
+
+def main() -> None:
+    jobs = json.loads(Path(sys.argv[1]).read_text())
+    with runtime() as ranks:
+        found = {
+            name: series(job, Path(jobs["data"]), ranks) for name, job in jobs["jobs"].items()
+        }
+        if ranks.is_main:
+            Path(f"{jobs['out']}-{ranks.world_size}.json").write_text(json.dumps(found))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,90 @@
+"""The contract of the command line, on two launched ranks and on one process."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import VOCAB_SIZE
+from tests.dist.launching import run_verb
+
+pytestmark = pytest.mark.dist
+
+OVERRIDES = (
+    "model.hidden_size=32 model.inner_size=64 model.seq_len=64 train.global_batch_size=8 "
+    f"model.vocab_size={VOCAB_SIZE} train.micro_batch_size=2 train.max_steps=6 memory.knum=25 "
+    "memory.top_m=4 train.eval_sequences=8"
+).split()
+
+
+def lines(path: Path) -> list[dict[str, float]]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def test_train_resume_evaluate_generate(prepared: Path, tmp_path: Path) -> None:
+    run_dir = tmp_path / "run"
+    command = ["train", "--preset", "ultramem-debug", "--data", str(prepared)]
+    command += ["--run-dir", str(run_dir), *OVERRIDES]
+
+    stopped = run_verb(*command, "train.stop_at_step=3", nproc=2)
+    assert stopped.returncode == 0, stopped.stdout + stopped.stderr
+    assert [record["step"] for record in lines(run_dir / "metrics.jsonl")] == [1, 2, 3]
+    with open(run_dir / "metrics.jsonl", "a") as file:  # what a kill leaves behind
+        file.write('{"step": 4, "loss": 0.0}\n{"step": 5, "lo')
+
+    resumed = run_verb(*command, nproc=2)
+    assert resumed.returncode == 0, resumed.stdout + resumed.stderr
+    assert "resuming" in resumed.stdout
+    records = lines(run_dir / "metrics.jsonl")
+    assert [record["step"] for record in records] == [1, 2, 3, 4, 5, 6]
+    assert all(record["loss"] > 1 for record in records)
+    keys = "step loss grad_norm tokens lr lr_values tokens_per_s step_time_s".split()
+    assert set(keys) <= records[0].keys()
+    assert records[-1]["tokens"] == 6 * 8 * 64
+    assert list((run_dir / "tensorboard").glob("events*"))
+    assert json.loads((run_dir / "config.json").read_text())["memory"]["knum"] == 25
+    saved = sorted(p.name for p in (run_dir / "checkpoints").iterdir() if p.is_dir())
+    assert saved == ["step-00000003", "step-00000006"]
+    assert (run_dir / "checkpoints" / "latest").read_text() == "step-00000006\n"
+    assert (run_dir / "tokenizer.json").exists()
+
+    finished = run_verb(*command)
+    assert finished.returncode == 0 and "is finished" in finished.stdout
+
+    changed = run_verb(*command, "optim.lr=1.0")
+    assert changed.returncode == 2
+    assert "optim.lr=0.002" in changed.stderr and "Traceback" not in changed.stderr
+
+    evaluated = run_verb(
+        "evaluate", "--checkpoint", str(run_dir), "--data", str(prepared), "--json",
+        "--max-sequences", "8",
+    )  # fmt: skip
+    assert evaluated.returncode == 0, evaluated.stderr
+    result = json.loads(evaluated.stdout)
+    recorded = lines(run_dir / "validation.jsonl")[-1]
+    for subset in ("even", "odd", "all"):
+        # One process with the whole table against two ranks with halves: fp32 sums reordered.
+        assert result[subset]["loss"] == pytest.approx(recorded[subset], rel=1e-5)
+        assert result[subset]["bits_per_byte"] > 0
+
+    prompt = ["generate", "--checkpoint", str(run_dir), "--prompt", "The "]
+    texts = [
+        run_verb(*prompt, "--max-new-tokens", "8", "--temperature", "0").stdout for _ in range(2)
+    ]
+    assert texts[0] == texts[1] and texts[0].startswith("The ") and len(texts[0]) > 5
+
+
+def test_one_process_gives_the_same_series(prepared: Path, tmp_path: Path) -> None:
+    series = []
+    for nproc in (0, 2):
+        run_dir = tmp_path / f"run-{nproc}"
+        result = run_verb(
+            "train", "--preset", "ultramem-debug", "--data", str(prepared), "--run-dir",
+            str(run_dir), *OVERRIDES, "train.stop_at_step=2", nproc=nproc,
+        )  # fmt: skip
+        assert result.returncode == 0, result.stdout + result.stderr
+        series.append([(r["loss"], r["grad_norm"]) for r in lines(run_dir / "metrics.jsonl")])
+    for one, two in zip(*series):
+        assert one == pytest.approx(two, rel=1e-5)
