@@ -62,17 +62,18 @@ def resumed(job: dict[str, Any], ranks: Ranks) -> dict[str, Any]:
 
 
 class LargestStorage(TorchDispatchMode):
-    """Remembers the largest storage, bytes, that any operation returned a tensor on."""
+    """Remembers the largest storage, in elements, that any operation returned a tensor on."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.bytes = 0
+        self.elements = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
         for value in tree_iter(out):
             if isinstance(value, torch.Tensor) and value.device.type != "meta":
-                self.bytes = max(self.bytes, value.untyped_storage().nbytes())
+                elements = value.untyped_storage().nbytes() // value.element_size()
+                self.elements = max(self.elements, elements)
         return out
 
 
@@ -87,8 +88,8 @@ def largest_allocation(job: dict[str, Any], ranks: Ranks) -> dict[str, Any]:
         for step in range(2):
             engine.train_step(micro_batches, step)
         engine.save(run_dir, 2, "fingerprint")
-    peak = engine.comm.all_reduce_max_(torch.tensor(float(largest.bytes)))
-    return {"largest_bytes": int(peak)}
+    peak = engine.comm.all_reduce_max_(torch.tensor(float(largest.elements)))
+    return {"largest_elements": int(peak)}
 
 
 CHECKS: dict[str, Callable[[dict[str, Any], Ranks], dict[str, Any]]] = {
