@@ -15,6 +15,7 @@ import faulthandler
 import multiprocessing
 import os
 import pickle
+import signal
 import tempfile
 import time
 import traceback
@@ -108,6 +109,9 @@ def _collect(
             "\n".join(f"rank {rank}: {failures[rank]}" for rank in sorted(failures))
         )
     if pending:
+        for rank in pending:
+            os.kill(processes[rank].pid, signal.SIGUSR1)  # asks for its stack
+        time.sleep(GRACE_S / 2)
         stacks = "\n".join(
             f"rank {rank} was at:\n{(scratch / f'stack-{rank}').read_text()}"
             for rank in sorted(pending)
@@ -140,7 +144,7 @@ def _rank_main(
     )
     torch.set_num_threads(1)
     with open(os.path.join(scratch, f"stack-{rank}"), "w") as stack_file:
-        faulthandler.dump_traceback_later(max(0.1, timeout_s - GRACE_S), file=stack_file)
+        faulthandler.register(signal.SIGUSR1, file=stack_file)
         try:
             limit = datetime.timedelta(seconds=timeout_s)
             dist.init_process_group(
@@ -155,7 +159,7 @@ def _rank_main(
         except BaseException:  # the parent decides; nothing may be lost with this process
             report = (False, traceback.format_exc())
         finally:
-            faulthandler.cancel_dump_traceback_later()
+            faulthandler.unregister(signal.SIGUSR1)
     # Plain pickle: tensors travel as bytes, not as handles that die with this process.
     pipe.send_bytes(pickle.dumps(report))
     pipe.close()
