@@ -95,6 +95,22 @@ def install_shard(param: Any, values: Tensor, full_shape: tuple[int, ...]) -> No
     param.ds_numel = numel
     param.ds_numel_aligned = numel
     param.ds_persist = False
+    # deepspeed.initialize gathers every trainable parameter once, only to hook its gradient, and
+    # partitions it again, which does nothing to a parameter that was not gathered.
+    param.all_gather = _stay_partitioned
+
+
+def _stay_partitioned(*args: Any, **kwargs: Any) -> None:
+    """In place of a table's ``all_gather`` while ``deepspeed.initialize`` runs."""
+
+
+def _refuse_to_gather(*args: Any, **kwargs: Any) -> None:
+    """In place of a table's ``all_gather`` from then on."""
+    raise RuntimeError(
+        "a value table was about to be gathered, which no rank has the memory for; does the "
+        "DeepSpeed JSON set stage3_gather_16bit_weights_on_model_save, or code outside this "
+        "project use deepspeed.zero.GatheredParameters on it?"
+    )
 
 
 class Zero3Tables:
@@ -114,7 +130,7 @@ class Zero3Tables:
         self.world_size = world_size
 
     def keep_partitioned(self, engine: Any) -> None:
-        """Exempt the tables from ``stage3_param_persistence_threshold``.
+        """Exempt the tables from ``stage3_param_persistence_threshold``, and refuse any gather.
 
         ZeRO-3 keeps parameters below the threshold gathered on every rank; small tables would be
         among them and their ``ds_tensor`` would go stale. Call once after ``deepspeed.initialize``.
@@ -125,8 +141,7 @@ class Zero3Tables:
         param: Any
         for param in self.params:
             param.ds_persist = False
-            if param.ds_status is deepspeed.zero.partition_parameters.ZeroParamStatus.AVAILABLE:
-                param.partition()
+            param.all_gather = _refuse_to_gather
 
     def publish_gradients(self) -> None:
         """Hand the gradients to ZeRO; once per optimizer step, before ``engine.step``."""
