@@ -24,7 +24,7 @@ import psutil
 
 from ultramem_ds.data.indexed import bin_path, idx_path, write_index
 from ultramem_ds.data.loader import BatchLoader
-from ultramem_ds.data.manifest import Manifest, SubsetInfo, TokenizerInfo
+from ultramem_ds.data.manifest import Manifest, SubsetInfo, TokenizerInfo, load_manifest
 from ultramem_ds.data.mixture import Mixture
 
 SEQ_LEN = 2048
@@ -159,7 +159,9 @@ def measure_step_share(directory: Path, run_dir: Path) -> dict[str, float]:
     """Time the training loop waits for its micro-batches, as a share of a debug step's time."""
     command = [sys.executable, "-m", "ultramem_ds", "train", "--preset", "ultramem-debug"]
     command += ["--data", str(directory), "--run-dir", str(run_dir), "train.max_steps=30"]
-    command += [f"model.vocab_size={VOCAB_SIZE + 11}"]
+    command += [
+        f"model.vocab_size={-(-load_manifest(directory).tokenizer.vocab_size // 128) * 128}"
+    ]
     subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
     lines = (run_dir / "metrics.jsonl").read_text().splitlines()
     step_s = float(np.median([json.loads(line)["step_time_s"] for line in lines[5:]]))
