@@ -9,8 +9,18 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.unit.data_corpus import read_megatron, write_megatron
+from tests.unit.data_corpus import (
+    contents,
+    make_texts,
+    read_megatron,
+    small_tokenizer,
+    write_megatron,
+    write_tokenizer,
+)
+from ultramem_ds.data.adopt import adopt
 from ultramem_ds.data.indexed import IndexedDataset, IndexedWriter, id_dtype
+from ultramem_ds.data.mixture import Mixture
+from ultramem_ds.data.validation import ValidationSet
 
 DOCUMENTS = st.lists(st.lists(st.integers(0, 65_499), max_size=20), min_size=1, max_size=20)
 
@@ -150,3 +160,35 @@ def test_writer_refuses_ids_that_do_not_fit_and_leaves_nothing(tmp_path):
         writer.add([1, 65_536])
     assert list(tmp_path.iterdir()) == []
     assert id_dtype(50_277) == np.uint16 and id_dtype(70_000) == np.int32
+
+
+def test_pairs_of_other_programs_are_adopted(tmp_path):
+    tokenizer = write_tokenizer(tmp_path / "t")
+    texts = make_texts(0, 30)
+    ids, lengths = small_tokenizer().encode_documents(texts, np.int64)
+    documents = np.split(ids, np.cumsum(lengths)[:-1])
+    (tmp_path / "data/validation").mkdir(parents=True)
+    write_megatron(tmp_path / "data/mine_text_document", documents, code=4, dtype="<i4")
+    write_megatron(tmp_path / "data/validation/other", documents, code=5, dtype="<i8")
+    before = contents(tmp_path / "data")
+    adopt(tmp_path / "data", tokenizer)
+    after = contents(tmp_path / "data")
+    assert {name: after[name] for name in before} == before
+    mixture = Mixture(tmp_path / "data", "train", seq_len=16, weights={}, seed=0)
+    assert mixture.subsets == ("mine_text_document",)
+    sequence = mixture.locate(0).sequence
+    assert mixture.sample(0).tolist() == ids[sequence * 16 : sequence * 16 + 17].tolist()
+    held_out = ValidationSet(tmp_path / "data", "other", 16)
+    assert held_out[0].tolist() == ids[:17].tolist()
+    assert held_out.info.text_bytes == sum(len(text.encode()) for text in texts)
+    with pytest.raises(ValueError, match="already"):
+        adopt(tmp_path / "data", tokenizer)
+
+
+def test_adopting_checks_the_ids(tmp_path):
+    tokenizer = write_tokenizer(tmp_path / "t")
+    with pytest.raises(ValueError, match="no .bin/.idx"):
+        adopt(tmp_path / "t", tokenizer)
+    write_megatron(tmp_path / "x", [[1, 60_000]], code=8, dtype="<u2")
+    with pytest.raises(ValueError, match="token id 60000"):
+        adopt(tmp_path, tokenizer)

@@ -19,10 +19,16 @@ def add_parser(subparsers: Any) -> None:
         "tokenizer.json --workers 16. Over machines: the same command with --shard 0/32, 1/32, ... "
         "(launch/prepare_slurm.sh); the last shard to finish merges.",
     )
-    parser.add_argument(
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument(
+        "--adopt",
+        action="store_true",
+        help="make a manifest for .bin/.idx pairs of other programs that lie in DIR (held-out ones "
+        "in DIR/validation); nothing is tokenised",
+    )
+    source.add_argument(
         "--input",
         nargs="+",
-        required=True,
         metavar="PATH",
         help=".jsonl, .json.gz, .jsonl.zst or .parquet files; directories, searched recursively; "
         "SUBSET=PATH to name the subset; hf:OWNER/NAME[:CONFIG[:SPLIT]] for a Hugging Face dataset",
@@ -98,38 +104,39 @@ def add_parser(subparsers: Any) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Prepare, and say what is there."""
-    from ultramem_ds.data.inspect import describe_duplicates
+    from ultramem_ds.data.inspect import describe
+
+    if not (_adopt(args) if args.adopt else _prepare(args)):
+        print("this shard is finished; the last one to finish will merge")
+        return 0
+    print("\n".join(describe(args.output)))
+    return 0
+
+
+def _adopt(args: argparse.Namespace) -> bool:
+    from ultramem_ds.data.adopt import adopt
+
+    adopt(args.output, args.tokenizer)
+    return True
+
+
+def _prepare(args: argparse.Namespace) -> bool:
+    """Whether everything is finished, other shards included."""
     from ultramem_ds.data.prepare import PrepareConfig, prepare
     from ultramem_ds.data.sources import HELD_OUT
 
-    manifest = prepare(
-        args.input,
-        args.output,
-        args.tokenizer,
-        PrepareConfig(
-            workers=args.workers,
-            shard=args.shard,
-            validation_share=args.validation_share,
-            held_out=(*HELD_OUT, *args.held_out),
-            drop_duplicates=args.drop_duplicates,
-            text_key=args.text_key,
-            max_bad_share=args.max_bad_share,
-            max_line_bytes=int(args.max_line_mib * 2**20),
-            overwrite=args.overwrite,
-        ),
+    config = PrepareConfig(
+        workers=args.workers,
+        shard=args.shard,
+        validation_share=args.validation_share,
+        held_out=(*HELD_OUT, *args.held_out),
+        drop_duplicates=args.drop_duplicates,
+        text_key=args.text_key,
+        max_bad_share=args.max_bad_share,
+        max_line_bytes=int(args.max_line_mib * 2**20),
+        overwrite=args.overwrite,
     )
-    if manifest is None:
-        print("this shard is finished; the last one to finish will merge")
-        return 0
-    for info in manifest.subsets:
-        print(
-            f"{info.split:10} {info.subset:20} {info.documents:14,} documents "
-            f"{info.tokens:18,} tokens"
-        )
-    bad = sum(manifest.bad_records.values())
-    print(f"{manifest.records:,} records read, {bad:,} unusable ones skipped")
-    print("\n".join(describe_duplicates(manifest)))
-    return 0
+    return prepare(args.input, args.output, args.tokenizer, config) is not None
 
 
 def _shard(text: str) -> tuple[int, int]:

@@ -18,6 +18,7 @@ read through memory maps: opening costs the same for one document and for a bill
 from __future__ import annotations
 
 import hashlib
+import mmap
 import struct
 from bisect import bisect_left
 from collections.abc import Iterable, Iterator
@@ -150,21 +151,35 @@ class IndexedDataset:
 
     ``dataset[i]`` is document i's ids; :meth:`tokens` reads the whole ``.bin`` as one stream.
 
+    Args:
+        prefix: path without ``.bin`` / ``.idx``.
+        random_access: sequences will be read in no order, so the kernel need not read ahead.
+
     Raises:
         ValueError: if the pair is missing, torn, of an unknown version, of an element type that
-            its sizes contradict, or if its sequences do not follow each other without gaps.
+            its sizes contradict.
     """
 
-    def __init__(self, prefix: str | Path) -> None:
+    def __init__(self, prefix: str | Path, *, random_access: bool = False) -> None:
         self.prefix = Path(prefix)
+        self._random_access = random_access
         self._open()
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"prefix": self.prefix}
+        return {"prefix": self.prefix, "_random_access": self._random_access}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.prefix = state["prefix"]
+        self.__dict__.update(state)
         self._open()
+
+    def _map(self, path: Path, dtype: npt.DTypeLike) -> IntArray:
+        if path.stat().st_size == 0:  # which cannot be mapped
+            return np.empty(0, dtype=dtype)
+        mapped = np.memmap(path, dtype=dtype, mode="r")
+        if self._random_access:
+            # Read-ahead (up to 8 MB a fault on some disks) would be for nothing.
+            mapped._mmap.madvise(mmap.MADV_RANDOM)  # type: ignore[attr-defined]
+        return mapped
 
     def _open(self) -> None:
         index_path, data_path = idx_path(self.prefix), bin_path(self.prefix)
@@ -186,7 +201,7 @@ class IndexedDataset:
             )
         if num_entries < 1:
             raise ValueError(f"{index_path} has no document index")
-        raw = np.memmap(index_path, dtype=np.uint8, mode="r")
+        raw = self._map(index_path, np.uint8)
         at = _HEADER.size
         self.lengths: IntArray = raw[at : at + 4 * num_sequences].view("<i4")
         at += 4 * num_sequences
@@ -195,11 +210,7 @@ class IndexedDataset:
         self.document_index: IntArray = raw[at : at + 8 * num_entries].view("<i8")
         self.dtype = self._element_type(code, data_bytes)
         self.num_tokens = data_bytes // self.dtype.itemsize
-        self._ids: IntArray = (
-            np.memmap(data_path, dtype=self.dtype, mode="r")
-            if data_bytes
-            else np.empty(0, dtype=self.dtype)
-        )
+        self._ids = self._map(data_path, self.dtype)
 
     def _element_type(self, code: int, data_bytes: int) -> np.dtype[Any]:
         """The reading of ``code`` under which the last sequence ends where ``.bin`` does."""

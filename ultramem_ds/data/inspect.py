@@ -16,6 +16,8 @@ from ultramem_ds.data.units import Split
 def describe_duplicates(manifest: Manifest) -> list[str]:
     """Exact duplicates, and texts that training shares with held-out corpora."""
     report = manifest.duplicates
+    if not report:  # adopted files: nothing is known of their text
+        return ["duplicates were not looked for"]
     lines = [f"{report['duplicates']:,} exact duplicates, {report['dropped']:,} of them dropped"]
     lines += [
         f"  {shared['texts']:,} texts occur in {' and '.join(shared['groups'])}"

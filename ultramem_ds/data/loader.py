@@ -9,12 +9,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from ultramem_ds.data.indexed import id_dtype
 from ultramem_ds.data.mixture import Mixture
 
 # Letters: b sequences of a micro-batch, S sequence length, G global batch, P ranks.
@@ -70,26 +73,35 @@ class BatchLoader:
             )
         assert 0 <= rank < world_size, (rank, world_size)
         self.micro_batches_per_step = global_batch_size // (micro_batch_size * world_size)
-        samples = _Samples(mixture, document_mask, reset_positions)
-        order = _Order(global_batch_size, micro_batch_size, rank, world_size, start_step)
-        self._loader: DataLoader[MicroBatch] = DataLoader(
-            samples,
-            sampler=order,
+        self._document_mask = document_mask
+        self._reset_positions = reset_positions
+        self._loader: DataLoader[_Arrays] = DataLoader(
+            _Samples(mixture, with_starts=document_mask or reset_positions),
+            sampler=_Order(global_batch_size, micro_batch_size, rank, world_size, start_step),
             batch_size=None,
+            collate_fn=_unchanged,
             num_workers=num_workers,
             prefetch_factor=prefetch if num_workers else None,
-            # Its own generator: DataLoader would draw from the one that dropout resumes from.
-            generator=torch.Generator(),
             # Workers only read files and never touch a device, so forking is safe and instant.
             multiprocessing_context="fork" if num_workers else None,
         )
-        self._iterator: Iterator[MicroBatch] = iter(())
+        self._iterator: Iterator[_Arrays] = iter(())
         self._closed = False
 
     def __iter__(self) -> Iterator[MicroBatch]:
         self._iterator = iter(self._loader)
         while not self._closed:
-            yield next(self._iterator)
+            yield self._micro_batch(next(self._iterator))
+
+    def _micro_batch(self, arrays: _Arrays) -> MicroBatch:
+        tokens = torch.from_numpy(arrays.ids_bS1.astype(np.int64))
+        doc_starts = positions = None
+        if arrays.starts_bS is not None:
+            starts_bS = torch.from_numpy(arrays.starts_bS.astype(np.int64))
+            doc_starts = starts_bS if self._document_mask else None
+            if self._reset_positions:
+                positions = torch.arange(starts_bS.shape[1]) - starts_bS
+        return MicroBatch(tokens, arrays.sample_ids, doc_starts, positions)
 
     def close(self) -> None:
         """Stop the workers; an iteration in progress ends."""
@@ -117,22 +129,35 @@ class _Order:
             step += 1
 
 
-class _Samples(Dataset[MicroBatch]):
-    """Tuples of sample ids -> micro-batches."""
+@dataclass(frozen=True)
+class _Arrays:
+    """A micro-batch as workers send it.
 
-    def __init__(self, mixture: Mixture, document_mask: bool, reset_positions: bool) -> None:
+    Small integers through a pipe, not tensors: those travel as shared memory, for whose handle the
+    training process would have to wait on the worker.
+    """
+
+    sample_ids: tuple[int, ...]
+    ids_bS1: npt.NDArray[Any]  # uint16 or int32
+    starts_bS: npt.NDArray[np.int32] | None
+
+
+def _unchanged(arrays: Any) -> Any:
+    return arrays
+
+
+class _Samples(Dataset[_Arrays]):
+    """Tuples of sample ids -> arrays."""
+
+    def __init__(self, mixture: Mixture, *, with_starts: bool) -> None:
         self._mixture = mixture
-        self._document_mask = document_mask
-        self._reset_positions = reset_positions
+        self._with_starts = with_starts
 
-    def __getitem__(self, sample_ids: Sequence[int]) -> MicroBatch:
-        tokens = torch.from_numpy(np.stack([self._mixture.sample(index) for index in sample_ids]))
-        doc_starts = positions = None
-        if self._document_mask or self._reset_positions:
-            starts_bS = torch.from_numpy(
-                np.stack([self._mixture.document_starts(index) for index in sample_ids])
-            )
-            doc_starts = starts_bS if self._document_mask else None
-            if self._reset_positions:
-                positions = torch.arange(starts_bS.shape[1]) - starts_bS
-        return MicroBatch(tokens, tuple(sample_ids), doc_starts, positions)
+    def __getitem__(self, sample_ids: Sequence[int]) -> _Arrays:
+        ids_bS1 = np.stack([self._mixture.sample(index) for index in sample_ids])
+        starts_bS = None
+        if self._with_starts:
+            starts = [self._mixture.document_starts(index) for index in sample_ids]
+            starts_bS = np.stack(starts).astype(np.int32)
+        dtype = id_dtype(self._mixture.vocab_size)
+        return _Arrays(tuple(sample_ids), ids_bS1.astype(dtype), starts_bS)

@@ -7,6 +7,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from ultramem_ds.data.indexed import bin_path, idx_path
 from ultramem_ds.data.units import Group, Split
 from ultramem_ds.utils.files import read_json, write_json
@@ -90,7 +92,7 @@ def sidecar_path(prefix: Path) -> Path:
 def is_complete(data_dir: Path, info: SubsetInfo) -> bool:
     """Whether the pair of ``info`` is there with the size it should have."""
     prefix = prefix_of(data_dir, info.group)
-    itemsize = 2 if info.dtype == "uint16" else 4
+    itemsize = np.dtype(info.dtype).itemsize
     return (
         idx_path(prefix).is_file()
         and bin_path(prefix).is_file()

@@ -122,7 +122,8 @@ class Mixture:
         self.weights = {name: quotas[name] / BLOCK for name in self.subsets}
         self._quotas = np.array([quotas[name] for name in self.subsets], dtype=np.int64)
         self._datasets = [
-            IndexedDataset(prefix_of(Path(data_dir), (split, name))) for name in self.subsets
+            IndexedDataset(prefix_of(Path(data_dir), (split, name)), random_access=True)
+            for name in self.subsets
         ]
         self.num_sequences = {
             name: num_sequences(dataset.num_tokens, seq_len)
