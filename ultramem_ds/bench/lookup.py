@@ -143,7 +143,7 @@ class LookupBench:
             weights.to(self.values_RV.dtype).requires_grad_(),
         )
 
-    def lookup(self, p: Problem, kernel: str) -> Tensor:
+    def lookup(self, p: Problem, kernel: str, grad_values_RV: Tensor | None = None) -> Tensor:
         """Run ours, ``(T, E, V)``."""
         return lookup_reduce(
             self.values_RV,
@@ -151,7 +151,7 @@ class LookupBench:
             p.projectors_TK,
             p.scores_TKh,
             self.config.expansion,
-            grad_values_RV=self.grad_RV,
+            grad_values_RV=grad_values_RV,
             kernel=kernel,
         )
 
@@ -212,8 +212,14 @@ class LookupBench:
         for problem in problems:  # first touches of the moments' pages are no part of a step
             rows_and_adam(problem)
         graph_variants = {
-            "lookup_reduce": lambda p: (self.lookup(p, self.config.kernel), [p.scores_TKh]),
-            "embedding-bag-kernel": lambda p: (self.lookup(p, "embedding-bag"), [p.scores_TKh]),
+            "lookup_reduce": lambda p: (
+                self.lookup(p, self.config.kernel, self.grad_RV),
+                [p.scores_TKh],
+            ),
+            "embedding-bag-kernel": lambda p: (
+                self.lookup(p, "embedding-bag", self.grad_RV),
+                [p.scores_TKh],
+            ),
             "sparse-coalesce": lambda p: (
                 self.embedding_bag(p, sparse=True),
                 [self.chunks, p.bag_weights],

@@ -170,6 +170,10 @@ int64_t pool(
   const int64_t width = (V + parts - 1) / parts;
   const int64_t grain = grain_of(M * width / std::max<int64_t>(1, num_bags));
   at::parallel_for(0, num_bags * parts, grain, [&](int64_t first_unit, int64_t last_unit) {
+    const int64_t start = bagged.begins[first_unit / parts];
+    for (int64_t j = start; j < std::min(start + kAhead, M); ++j) {
+      prefetch(values_RV + bagged.rows[j] * V, V * sizeof(T));
+    }
     for (int64_t unit = first_unit; unit < last_unit; ++unit) {
       const int64_t bag = unit / parts;
       const int64_t first = unit % parts * width;
