@@ -12,7 +12,7 @@ import contextlib
 import sys
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
@@ -33,12 +33,21 @@ from ultramem_ds.sharding.optimizer_state import OptimizerState
 ZERO = "zero"  # the store that DeepSpeed writes
 
 
+class OwnState(OptimizerState, Protocol):
+    """Optimizer state that DeepSpeed does not save."""
+
+    def write(self, path: Path) -> None:
+        """Save this rank's buffers: ``{"flats": {kind: [...]}, "step": int}``."""
+        ...
+
+
 class EngineCheckpoint:
     """The checkpoints of one engine.
 
     Args:
         engine: the DeepSpeed engine.
-        states: where its optimizer state lies, by store; ``ZERO`` is DeepSpeed's own.
+        zero: DeepSpeed's optimizer state.
+        own: optimizer state that DeepSpeed knows nothing of, by the name of its files.
         parameters: the one-process model's, by name.
         comm: all ranks.
     """
@@ -46,21 +55,29 @@ class EngineCheckpoint:
     def __init__(
         self,
         engine: Any,
-        states: Mapping[str, OptimizerState],
+        zero: OptimizerState,
+        own: Mapping[str, OwnState],
         parameters: Mapping[str, ParameterRecord],
         comm: Comm,
     ) -> None:
         self.engine = engine
-        self.states = dict(states)
+        self.zero = zero
+        self.own = dict(own)
         self.parameters = dict(parameters)
         self.comm = comm
 
     def save(self, directory: Path, tag: str) -> None:
         """Write ``directory/tag``, every rank its part; complete, but for ``layout.json``."""
         with contextlib.redirect_stdout(sys.stderr):
-            self.engine.save_checkpoint(str(directory), tag=tag, save_latest=False)
+            self.engine.save_checkpoint(
+                str(directory), tag=tag, save_latest=False, exclude_frozen_parameters=True
+            )
         file = Path(self.engine._get_zero_ckpt_name(str(directory), tag)).name
-        stores = {name: Store(file, state.pieces()) for name, state in self.states.items()}
+        stores = {ZERO: Store(file, self.zero.pieces())}
+        for name, state in self.own.items():
+            file = f"{name}_rank_{self.comm.rank:05d}.pt"
+            state.write(directory / tag / file)
+            stores[name] = Store(file, state.pieces())
         write_rank_layout(directory / tag, self.comm.rank, stores)
 
     def seal(self, directory: Path, tag: str) -> None:
@@ -79,18 +96,26 @@ class EngineCheckpoint:
         with self.comm.raising_together(ValueError):
             reader = CheckpointReader(checkpoint)
             self._check_model(reader)
-        live = {name: state.pieces() for name, state in self.states.items()}
-        same = self.comm.all_agree(_pieces_match(reader, self.comm.rank, live))
+        same = self.comm.all_agree(self._same_pieces(reader))
+        states: list[OptimizerState] = list(self.own.values())
         if same:
             self._load_exactly(reader)
         else:
-            with self.comm.raising_together(ValueError):
-                for state in self.states.values():
-                    fill_state(reader, state, self.comm.rank)
+            states.append(self.zero)
+        with self.comm.raising_together(ValueError):
+            for state in states:
+                fill_state(reader, state, self.comm.rank)
+            if not same:
                 restore_counters(reader, self.engine)
-            for state in self.states.values():
-                state.publish()
+        for state in states:
+            state.publish()
         return same
+
+    def _same_pieces(self, reader: CheckpointReader) -> bool:
+        """Whether DeepSpeed's part is laid out as it was on the same rank when saved."""
+        if reader.layout.world_size != self.comm.world_size:
+            return False
+        return reader.stores[self.comm.rank][ZERO].pieces == self.zero.pieces()
 
     def _check_model(self, reader: CheckpointReader) -> None:
         for name, record in self.parameters.items():
@@ -104,16 +129,17 @@ class EngineCheckpoint:
     def _load_exactly(self, reader: CheckpointReader) -> None:
         checkpoint = reader.checkpoint
         with self.comm.raising_together(ValueError):
-            stores = reader.stores[self.comm.rank].values()
-            check_files(checkpoint, reader.layout, [store.file for store in stores])
-            check_files(checkpoint, reader.layout, [reader.model_file])
+            file = reader.stores[self.comm.rank][ZERO].file
+            check_files(checkpoint, reader.layout, [file, reader.model_file])
         with contextlib.redirect_stdout(sys.stderr):
-            path, _ = self.engine.load_checkpoint(str(checkpoint.parent), tag=checkpoint.name)
+            # Not strict: parameters that DeepSpeed does not train are not in its files.
+            path, _ = self.engine.load_checkpoint(
+                str(checkpoint.parent), tag=checkpoint.name, load_module_strict=False
+            )
         if path is None:
             raise ValueError(f"{checkpoint} could not be loaded by DeepSpeed")
         with self.comm.raising_together(ValueError):
-            for state in self.states.values():
-                check_state(checkpoint, state)
+            check_state(checkpoint, self.zero)
 
 
 def parameter_records(config: Config) -> dict[str, ParameterRecord]:
@@ -124,13 +150,6 @@ def parameter_records(config: Config) -> dict[str, ParameterRecord]:
         name: ParameterRecord(tuple(param.shape), getattr(param, "role", None) == "table")
         for name, param in model.named_parameters()
     }
-
-
-def _pieces_match(reader: CheckpointReader, rank: int, live: dict[str, list[Piece]]) -> bool:
-    """Whether all is laid out exactly as it was on the same rank of as many when saved."""
-    if rank >= len(reader.stores):
-        return False
-    return {name: store.pieces for name, store in reader.stores[rank].items()} == live
 
 
 def fill_state(reader: CheckpointReader, state: OptimizerState, rank: int) -> None:

@@ -139,10 +139,12 @@ class CheckpointReader:
         check_files(self.checkpoint, self.layout, [file])
         path = self.checkpoint / file
         stored = torch.load(path, map_location="cpu", mmap=True, weights_only=False)
-        return stored_buffers(stored["optimizer_state_dict"])
+        if "flats" in stored:  # a store of our own
+            return StoredBuffers(**stored)
+        return deepspeed_buffers(stored["optimizer_state_dict"])
 
 
-def stored_buffers(zero: dict[str, Any]) -> StoredBuffers:
+def deepspeed_buffers(zero: dict[str, Any]) -> StoredBuffers:
     """The flat buffers in DeepSpeed's ``optimizer_state_dict``, of any ZeRO stage."""
     masters = zero.get("fp32_flat_groups", zero.get("single_partition_of_fp32_groups"))
     adam = zero.get("optimizer_state_dict", zero.get("base_optimizer_state"))

@@ -75,9 +75,10 @@ class NumberWise(Scheme[NumberWiseRequest]):
 
 
 def gather_rows(shard: TableShard, rows_M: Tensor) -> Tensor:
-    """values[rows], (M, V); the backward adds into ``shard.grad_RV`` instead of the graph."""
-    values_RV = shard.values().requires_grad_(torch.is_grad_enabled())
-    rows_MV: Tensor = _GatherRows.apply(values_RV, rows_M, shard.grad_sink())
+    """values[rows], (M, V); the backward adds into the shard's gradient instead of the graph."""
+    opened = shard.open(rows_M)
+    values_RV = opened.values_RV.requires_grad_(torch.is_grad_enabled())
+    rows_MV: Tensor = _GatherRows.apply(values_RV, opened.rows, opened.grad_sink_RV)
     return rows_MV
 
 

@@ -15,13 +15,16 @@ from ultramem_ds.config.schema import Config
 from ultramem_ds.model.init import fill_block, init_parameter
 from ultramem_ds.model.lm import LanguageModel
 from ultramem_ds.optim.param_groups import build_param_groups
+from ultramem_ds.optim.row_adam import ROW_OPTIMIZERS
 from ultramem_ds.sharding import zero3
+from ultramem_ds.sharding.comm import Comm
 from ultramem_ds.sharding.deepspeed_import import deepspeed
 from ultramem_ds.sharding.experts import ExpertParallelMLP, canonical_name, expert_parallel_size
 from ultramem_ds.sharding.groups import TableGroups, make_groups
 from ultramem_ds.sharding.lookup import build_lookup
 from ultramem_ds.sharding.optimizer_state import OptimizerState, Zero12State
 from ultramem_ds.sharding.planner import resolve_partition
+from ultramem_ds.sharding.row_sparse import RowSparseShard, RowSparseTables
 from ultramem_ds.sharding.runtime import Ranks
 from ultramem_ds.sharding.shard import TableShard
 from ultramem_ds.sharding.table_plan import TableSpec, shard_layout
@@ -34,14 +37,16 @@ class ParallelModel:
     Attributes:
         engine: the DeepSpeed engine; ``engine.module`` is the :class:`LanguageModel`.
         tables: the value tables on this rank; None without memory layers.
-        states: where masters and moments lie, by name of the file that keeps them.
+        zero: where DeepSpeed keeps masters and moments.
+        own_states: optimizer state that DeepSpeed knows nothing of, by name of its files.
         partition: the scheme in use, empty without memory layers.
         first_expert: global index of this rank's first expert (kind moe), else 0.
     """
 
     engine: Any
     tables: zero3.Zero3Tables | None
-    states: dict[str, OptimizerState]
+    zero: OptimizerState
+    own_states: dict[str, RowSparseTables]
     partition: str
     first_expert: int
 
@@ -100,12 +105,13 @@ def parallelize(config: Config, ranks: Ranks, engine_config: dict[str, Any]) -> 
     engine = _initialize(model, config, engine_config)
     if tables is not None:
         tables.keep_partitioned(engine)
-    states: dict[str, OptimizerState] = {}
+    zero: OptimizerState
     if partitioned:
-        states["zero"] = zero3.Zero3State(engine, tables.blocks() if tables is not None else {})
+        zero = zero3.Zero3State(engine, tables.blocks() if tables is not None else {})
     else:
-        states["zero"] = Zero12State(engine, lambda name: canonical_name(name, first_expert))
-    return ParallelModel(engine, tables, states, partition, first_expert)
+        zero = Zero12State(engine, lambda name: canonical_name(name, first_expert))
+    own_states = {"tables": tables} if isinstance(tables, RowSparseTables) else {}
+    return ParallelModel(engine, tables, zero, own_states, partition, first_expert)
 
 
 def _install_tables(
@@ -113,7 +119,10 @@ def _install_tables(
 ) -> zero3.Zero3Tables:
     """Give every memory layer its block of the table and its lookup."""
     dtype = torch.bfloat16 if config.train.precision == "bf16" else torch.float32
-    params, shards = [], []
+    row_adam = ROW_OPTIMIZERS.get(config.memory.table_optimizer)
+    params: list[nn.Parameter] = []
+    shards: list[TableShard] = []
+    row_shards: list[RowSparseShard] = []
     for index, memory in enumerate(model.memory_layers):
         param = memory.values.weight
         spec = TableSpec.from_config(config.memory, index)
@@ -123,11 +132,26 @@ def _install_tables(
             values_RV, config, config.train.seed, index, layout.first_row, layout.first_column
         )
         zero3.install_shard(param, values_RV, layout.full_shape)
-        shard = TableShard(spec, layout, zero3.shard_reader(param), groups.replicas)
+        read = zero3.shard_reader(param)
+        if row_adam is None:
+            shard = TableShard(spec, layout, read, groups.replicas)
+        else:
+            adam = row_adam(
+                lambda read=read, shape=layout.shape: read().view(shape),  # type: ignore[misc]
+                config.optim,
+                config.memory.kernel,
+            )
+            shard = RowSparseShard(spec, layout, read, groups.replicas, adam)
+            row_shards.append(shard)
         memory.lookup = build_lookup(shard, partition, groups, config.memory)
         params.append(param)
         shards.append(shard)
-    return zero3.Zero3Tables(params, shards, ranks.world_size)
+    if row_adam is None:
+        return zero3.Zero3Tables(params, shards, ranks.world_size)
+    names = {id(param): name for name, param in model.named_parameters()}
+    return RowSparseTables(
+        params, row_shards, [names[id(p)] for p in params], config.optim.clip_grad, Comm()
+    )
 
 
 def _initialize(model: LanguageModel, config: Config, engine_config: dict[str, Any]) -> Any:

@@ -61,12 +61,13 @@ class OwnerPooled(Scheme[OwnerPooledRequest]):
     def compute(self, request: OwnerPooledRequest) -> Tensor:
         """One weighted sum per bag asked for, (B, V) in the wire's dtype."""
         rows_M, offsets_B1 = bag_starts(request.wanted_M, sum(request.bag_splits.recv))
+        opened = self.shard.open(rows_M)
         sums_BV = bag_reduce(
-            self.shard.values(),
-            rows_M,
+            opened.values_RV,
+            opened.rows,
             offsets_B1,
             request.scores_Mh,
-            grad_values_RV=self.shard.grad_sink(),
+            grad_values_RV=opened.grad_sink_RV,
             kernel=self.kernel,
         )
         return sums_BV.to(self.wire_dtype)

@@ -93,13 +93,14 @@ class Local(Scheme[LocalRequest]):
 
     def compute(self, request: LocalRequest) -> Tensor:
         """Looks up, weights and pools, (T, E, V)."""
+        opened = self.shard.open(request.rows_TK)
         return lookup_reduce(
-            self.shard.values(),
-            request.rows_TK,
+            opened.values_RV,
+            opened.rows,
             request.projectors_TK,
             request.scores_TKh,
             self.shard.spec.num_projectors,
-            grad_values_RV=self.shard.grad_sink(),
+            grad_values_RV=opened.grad_sink_RV,
             kernel=self.kernel,
         )
 

@@ -6,12 +6,28 @@ Letters: R rows on this rank, V value columns on this rank.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from ultramem_ds.sharding.comm import Comm
 from ultramem_ds.sharding.table_plan import ShardLayout, TableSpec
+
+
+@dataclass(frozen=True)
+class OpenShard:
+    """What one lookup reads of a shard, and where its backward accumulates.
+
+    Attributes:
+        values_RV: rows, detached from any graph.
+        rows: the rows asked for, as row numbers of ``values_RV``.
+        grad_sink_RV: fp32 and up, of the shape of ``values_RV``; None under no_grad.
+    """
+
+    values_RV: Tensor
+    rows: Tensor
+    grad_sink_RV: Tensor | None
 
 
 class TableShard:
@@ -51,9 +67,10 @@ class TableShard:
             self._grad_RV = torch.zeros(self.layout.shape, dtype=dtype, device=values.device)
         return self._grad_RV
 
-    def grad_sink(self) -> Tensor | None:
-        """Where a lookup's backward adds its gradient: ``grad_RV``, or None under no_grad."""
-        return self.grad_RV if torch.is_grad_enabled() else None
+    def open(self, rows: Tensor) -> OpenShard:
+        """Begin a lookup of ``rows`` (int64, any shape), numbered within this shard."""
+        sink = self.grad_RV if torch.is_grad_enabled() else None
+        return OpenShard(self.values(), rows, sink)
 
     def reduced_gradient(self) -> Tensor:
         """``grad_RV`` summed over all copies of the table, in place: over all tokens of all ranks.

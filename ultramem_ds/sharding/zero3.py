@@ -150,9 +150,29 @@ class Zero3Tables:
             deepspeed.utils.safe_set_local_grad(param, grad_RV.flatten())
             shard.zero_gradient()
 
+    def finish_step(self, lr: float, grad_norm: float) -> None:
+        """After ``engine.step``: nothing is left, ZeRO has stepped the tables.
+
+        Args:
+            lr: the tables' learning rate of this step.
+            grad_norm: global norm before clipping.
+        """
+
     def blocks(self) -> dict[int, Block]:
         """The rows and columns of its table that each shard holds, by the parameter's id."""
         return {id(p): shard.layout.block(shard.spec) for p, shard in zip(self.params, self.shards)}
+
+
+def join_gradient_norm(engine: Any, norm: Callable[[], Tensor]) -> None:
+    """Make ZeRO-3's global gradient norm, hence its clipping, include one more norm.
+
+    Args:
+        engine: a DeepSpeed engine of stage 3.
+        norm: returns the global norm of gradients that ZeRO does not see, the same on all ranks.
+    """
+    zero = engine.optimizer
+    own_norms = zero._get_norm_groups
+    zero._get_norm_groups = lambda: [*own_norms(), norm()]
 
 
 class Zero3State:

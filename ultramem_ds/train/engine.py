@@ -76,7 +76,7 @@ class TrainEngine:
         self.partition = parallel.partition
         self.statistics = MemoryStatistics(self.model, self.comm, ranks.device)
         self.checkpoint = EngineCheckpoint(
-            self.engine, parallel.states, parameter_records(config), self.comm
+            self.engine, parallel.zero, parallel.own_states, parameter_records(config), self.comm
         )
 
     @property
@@ -104,6 +104,9 @@ class TrainEngine:
             if index == self.batches.accumulation_steps - 1 and self.tables is not None:
                 self.tables.publish_gradients()
             self.engine.step()
+        grad_norm = float(self.engine.get_global_grad_norm())
+        if self.tables is not None:
+            self.tables.finish_step(lrs["tables"], grad_norm)
         self.model.mark_stale()
         assert counts is not None
         packed = self.comm.all_reduce_(torch.cat([sums, counts.flatten()]))
@@ -116,7 +119,7 @@ class TrainEngine:
             loss=loss,
             aux_loss=aux,
             balance_loss=balance,
-            grad_norm=float(self.engine.get_global_grad_norm()),
+            grad_norm=grad_norm,
             lr=lrs["matrices"],
             lr_values=lrs["tables"] if self.tables is not None else None,
             expert_share=share.tolist() if share.numel() else [],
