@@ -171,7 +171,9 @@ class _Bench:
 
 
 def _step(model: LanguageModel, state: BenchState, batch: int) -> Callable[[], object]:
-    tokens_B1 = torch.zeros(batch, 1, dtype=torch.int64, device=model.embedding.weight.device)
+    weight = model.embedding.weight
+    generator = torch.Generator().manual_seed(batch)
+    tokens_B1 = torch.randint(weight.shape[0], (batch, 1), generator=generator).to(weight.device)
 
     def step() -> object:
         with torch.no_grad():

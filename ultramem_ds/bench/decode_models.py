@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from ultramem_ds.config.schema import Config, ModelConfig
 from ultramem_ds.infer.experts import GroupedExperts, Router
-from ultramem_ds.infer.prepare import prepare_for_decoding
+from ultramem_ds.infer.prepare import install_selection, prepare_for_decoding
 from ultramem_ds.infer.weights import PackedWeights
 from ultramem_ds.kernels.hugepages import advise_huge_pages
 from ultramem_ds.kernels.packed import PANEL, can_pack, packed_shape
@@ -104,6 +104,7 @@ def build_on(buffer: WeightBuffer, config: Config) -> LanguageModel:
         _materialise(model, buffer)
     prepare_for_decoding(model, packer)
     _materialise(model, buffer)
+    install_selection(model)
     model.to(buffer.elements.device).mark_stale()
     return model
 
