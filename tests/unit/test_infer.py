@@ -3,15 +3,17 @@
 import pytest
 import torch
 
-from ultramem_ds.config.schema import ModelConfig, MoEConfig
+from ultramem_ds.config.schema import MemoryConfig, ModelConfig, MoEConfig
 from ultramem_ds.infer.cache import KVCache
 from ultramem_ds.infer.experts import GroupedExperts
 from ultramem_ds.infer.generate import generate, stream
 from ultramem_ds.infer.sampling import Sampling, choose, distribution
-from ultramem_ds.infer.search import PackedSearch
+from ultramem_ds.infer.search import PackedSearch, PackedSelect
 from ultramem_ds.infer.text import Detokenizer
 from ultramem_ds.infer.weights import PackedLinear, PackedWeights, pack_where_possible
 from ultramem_ds.kernels.packed import can_pack, grouped_linear, pack_into, packed_shape
+from ultramem_ds.model.memory.layer import MemoryLayer
+from ultramem_ds.model.memory.lookup import ValueTable
 from ultramem_ds.model.memory.query import LAYOUTS
 from ultramem_ds.model.moe import MixtureOfExperts
 
@@ -201,3 +203,27 @@ def test_packed_search_is_the_einsum(layout):
         expected = torch.einsum(f"t{layout}d,shnrd->sthn", queries, search)
         got = product(queries, search)
         torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
+
+
+@needs_native
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("retrieval", ["tdqkr", "product-key"])
+@torch.no_grad()
+def test_packed_selection_is_the_two_stage_selection(layout, retrieval):
+    tucker = retrieval == "tdqkr"
+    sizes = {"tucker_rank": 3, "num_cores": 2} if tucker else {"tucker_rank": 1, "num_cores": 1}
+    memory = MemoryConfig(
+        knum=20, kdim=21, top_m=7, num_heads=3, query=layout, retrieval=retrieval, **sizes
+    )
+    model = ModelConfig(kind="ultramem", hidden_size=32, num_heads=2)
+    torch.manual_seed(0)
+    layer = MemoryLayer(model, memory, ValueTable(memory.num_rows, memory.value_dim, table_index=0))
+    for param in layer.parameters():
+        param.normal_()
+    x_BSD = torch.randn(5, 3, 32)
+    expected = layer.retrieval(x_BSD)
+    layer.retrieval.select = PackedSelect(memory)
+    got = layer.retrieval(x_BSD)
+    assert torch.equal(got.slots_TK, expected.slots_TK)
+    # Scores multiply two sums of 21 products near 20 each: a few units of 2^-24 * 10^3.
+    torch.testing.assert_close(got.scores_TKh, expected.scores_TKh, rtol=1e-4, atol=1e-3)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import nn
 
 from ultramem_ds.infer.experts import GroupedExperts
-from ultramem_ds.infer.search import PackedSearch
+from ultramem_ds.infer.search import PackedSelect
 from ultramem_ds.infer.weights import PackedLinear, Packer, pack_where_possible
 from ultramem_ds.kernels.packed import can_pack
 from ultramem_ds.model.lm import LanguageModel
@@ -18,7 +18,8 @@ def prepare_for_decoding(
     """Replace, in place, what training wants by what decoding wants; returns the model.
 
     Mixtures of experts get grouped products, which read the chosen experts only. On a CPU in fp32,
-    linear maps, experts and the memory's key search get packed weights (``kernels.packed``).
+    linear maps and experts get packed weights, and the memory selects in one native call
+    (``kernels.packed``).
 
     Args:
         model: whose training ends here: its linear maps are emptied as they are taken over.
@@ -37,7 +38,13 @@ def prepare_for_decoding(
                 weights = packer([child])
                 if weights is not None:
                     setattr(module, name, PackedLinear(weights))
-    for memory in model.memory_layers:
-        if can_pack(memory.retrieval.keys.weight):
-            memory.retrieval.search_product = PackedSearch(memory.retrieval.layout)
+    install_selection(model)
     return model
+
+
+def install_selection(model: LanguageModel) -> None:
+    """Let memory layers select in one native call where that is possible."""
+    one_sided = model.config.memory.candidates == "one-sided"
+    for memory in model.memory_layers:
+        if one_sided and can_pack(memory.retrieval.keys.weight):
+            memory.retrieval.select = PackedSelect(model.config.memory)

@@ -1,4 +1,4 @@
-"""The memory's key search on packed keys.
+"""The memory's selection for decoding: search on packed keys, the rest in one native call.
 
 Letters: T tokens, H heads, n keys per side, d kdim. A leading 2 is the side.
 """
@@ -8,7 +8,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ultramem_ds.kernels.packed import grouped_linear, pack_into, packed_shape
+from ultramem_ds.config.schema import MemoryConfig
+from ultramem_ds.kernels.packed import grouped_linear, pack_into, packed_shape, select_slots
+from ultramem_ds.model.memory.forms import ScoreForm
+from ultramem_ds.model.memory.query import LAYOUTS
+from ultramem_ds.model.memory.tucker import TuckerForm
 
 
 class PackedSearch:
@@ -61,3 +65,36 @@ class PackedSearch:
         for slot, weight in zip(packed, weights):
             pack_into(slot, weight)
         self._packed, self._source = packed, search
+
+
+class PackedSelect:
+    """``Retrieval.two_stage_select`` without gradients, for fp32 on a CPU.
+
+    Args:
+        memory: one-sided candidates.
+    """
+
+    def __init__(self, memory: MemoryConfig) -> None:
+        assert memory.candidates == "one-sided"
+        layout = LAYOUTS[memory.query]
+        self.top_m = memory.top_m
+        self.product = PackedSearch(layout)
+        sizes = {"s": 2, "h": memory.num_heads, "r": memory.tucker_rank}
+        index = torch.zeros(1, 1, 1, dtype=torch.int64)
+        for letter in layout:
+            shape = [-1 if letter == dim else 1 for dim in "shr"]
+            index = index * sizes[letter] + torch.arange(sizes[letter]).view(shape)
+        self.groups_2Hr = index.expand(*sizes.values()).contiguous()
+
+    def __call__(
+        self, form: ScoreForm, queries: Tensor, keys_2Hnrd: Tensor, search: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """See ``model.memory.retrieval.Select``."""
+        return select_slots(
+            self.product(queries, search),
+            queries.flatten(1, -2),
+            self.groups_2Hr,
+            keys_2Hnrd,
+            form.core_hHrr if isinstance(form, TuckerForm) else None,
+            self.top_m,
+        )

@@ -21,7 +21,7 @@ from pathlib import Path
 import filelock
 import torch
 
-SOURCE = Path(__file__).parent / "csrc" / "lookup.cpp"
+SOURCE_DIR = Path(__file__).parent / "csrc"
 LOCK_TIMEOUT_S = 300.0
 _COMPILE_FLAGS = ("-O3", "-march=native", "-std=c++20", "-fPIC", "-fopenmp", "-fno-math-errno")
 
@@ -38,10 +38,10 @@ def cache_dir() -> Path:
 
 def library_path() -> Path:
     """Return where the library for this machine lives, built or not."""
-    sources = [path.read_text() for path in sorted(SOURCE.parent.iterdir())]
+    sources = [path.read_text() for path in sorted(SOURCE_DIR.iterdir())]
     parts = [*sources, *_COMPILE_FLAGS, torch.__version__, _cpu_identity()]
     digest = hashlib.sha256("\0".join(parts).encode()).hexdigest()[:20]
-    return cache_dir() / f"lookup-{digest}.so"
+    return cache_dir() / f"native-{digest}.so"
 
 
 def build() -> Path:
@@ -93,11 +93,14 @@ def _compile(compiler: str, path: Path) -> None:
     """
     torch_dir = Path(torch.__file__).parent
     with tempfile.TemporaryDirectory(dir=path.parent, prefix="build-") as work_dir:
-        objects, library = Path(work_dir, "lookup.o"), Path(work_dir, "lookup.so")
+        library = Path(work_dir, "native.so")
         include = ["-I", str(torch_dir / "include")]
-        _run([compiler, *_COMPILE_FLAGS, *include, "-c", str(SOURCE), "-o", str(objects)])
+        objects = []
+        for source in sorted(SOURCE_DIR.glob("*.cpp")):
+            objects.append(str(Path(work_dir, source.stem + ".o")))
+            _run([compiler, *_COMPILE_FLAGS, *include, "-c", str(source), "-o", objects[-1]])
         libraries = ["-L", str(torch_dir / "lib"), "-ltorch_cpu", "-lc10"]
-        _run([compiler, "-shared", str(objects), *libraries, "-o", str(library)])
+        _run([compiler, "-shared", *objects, *libraries, "-o", str(library)])
         with library.open("rb") as built:
             os.fsync(built.fileno())
         library.rename(path)

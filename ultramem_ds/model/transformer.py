@@ -98,12 +98,16 @@ class Attention(nn.Module):
         self.qkv_proj = make_linear(config.hidden_size, 3 * config.hidden_size)
         self.out_proj = make_linear(config.hidden_size, config.hidden_size, init="residual")
 
-    def forward(self, x_BSD: Tensor, context: AttentionContext, kv: KVSlot | None = None) -> Tensor:
-        """Attend causally; ``(B, S, D)`` to ``(B, S, D)``."""
+    def project(self, x_BSD: Tensor, context: AttentionContext) -> tuple[Tensor, Tensor, Tensor]:
+        """Rotated queries and keys, and values, each ``(B, A, S, K)``."""
         B, S, D = x_BSD.shape
         qkv = self.qkv_proj(x_BSD).view(B, S, 3, self.num_heads, D // self.num_heads)
         q_BASK, k_BASK, v_BASK = qkv.permute(2, 0, 3, 1, 4).unbind(0)
-        q_BASK, k_BASK = _rotate(q_BASK, context), _rotate(k_BASK, context)
+        return _rotate(q_BASK, context), _rotate(k_BASK, context), v_BASK
+
+    def forward(self, x_BSD: Tensor, context: AttentionContext, kv: KVSlot | None = None) -> Tensor:
+        """Attend causally; ``(B, S, D)`` to ``(B, S, D)``."""
+        q_BASK, k_BASK, v_BASK = self.project(x_BSD, context)
         if kv is not None:
             k_BASK, v_BASK = kv.update(k_BASK, v_BASK)
         out_BASK = F.scaled_dot_product_attention(
@@ -112,9 +116,9 @@ class Attention(nn.Module):
             v_BASK,
             attn_mask=context.mask_BSS,
             dropout_p=self.dropout if self.training else 0.0,
-            is_causal=context.mask_BSS is None and S > 1,
+            is_causal=context.mask_BSS is None and x_BSD.shape[1] > 1,
         )
-        return self.out_proj(out_BASK.transpose(1, 2).reshape(B, S, D))
+        return self.out_proj(out_BASK.transpose(1, 2).reshape(x_BSD.shape))
 
 
 class FeedForward(nn.Module):

@@ -14,8 +14,7 @@ of device, whatever else is in the batch.
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
-from typing import NamedTuple
+from typing import NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -38,6 +37,10 @@ class Diagnosis(NamedTuple):
 
     recall: Tensor  # 0-dim, see ``recall.exhaustive_recall``
     singular_values_r: Tensor  # of the summed core, mean over heads; empty for product keys
+
+
+# Form, queries, keys (2, H, n, r, d) and search keys -> slots (T, H, m), scores (T, H, m, h).
+Select: TypeAlias = Callable[[ScoreForm, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
 
 
 class Selection(NamedTuple):
@@ -105,10 +108,7 @@ class Retrieval(nn.Module):
         self.form = TuckerCore(memory) if memory.retrieval == "tdqkr" else ProductKey(memory)
         self.keys = ProductKeys(memory, model.norm_eps)
         self.layout = LAYOUTS[memory.query]
-        # Queries and search keys -> (2, T, H, n); infer/ may put a faster product here.
-        self.search_product: Callable[[Tensor, Tensor], Tensor] = partial(
-            torch.einsum, self._product("")
-        )
+        self.select: Select = self.two_stage_select  # infer/ may put a faster one here
         self.num_keys = memory.num_keys
         self.top_m = memory.top_m
         self.candidates = memory.candidates
@@ -141,12 +141,7 @@ class Retrieval(nn.Module):
         form: ScoreForm = self.form()
         queries, conv_state = self.query(x_BSD, doc_starts_BS, conv_state)
         keys_2Hnrd, search = self.keys(form.directions_2Hr)
-        with torch.no_grad():
-            candidates_2THc = self._search(queries, search)
-        scores_2THcr = self._exact_scores(queries, keys_2Hnrd, candidates_2THc)
-        picks_2THm, scores_THmh = best_pairs(form, scores_2THcr, self.top_m)
-        rows_THm, cols_THm = candidates_2THc.gather(-1, picks_2THm).unbind(0)
-        slots_THm = rows_THm * self.num_keys + cols_THm
+        slots_THm, scores_THmh = self.select(form, queries, keys_2Hnrd, search)
         diagnosis = None
         if recall_tokens:
             every = max(1, len(queries) // recall_tokens)
@@ -160,6 +155,17 @@ class Retrieval(nn.Module):
             conv_state=conv_state,
             diagnosis=diagnosis,
         )
+
+    def two_stage_select(
+        self, form: ScoreForm, queries: Tensor, keys_2Hnrd: Tensor, search: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Slots ``(T, H, m)`` and scores per core ``(T, H, m, h)``, best first."""
+        with torch.no_grad():
+            candidates_2THc = self._search(queries, search)
+        scores_2THcr = self._exact_scores(queries, keys_2Hnrd, candidates_2THc)
+        picks_2THm, scores_THmh = best_pairs(form, scores_2THcr, self.top_m)
+        rows_THm, cols_THm = candidates_2THc.gather(-1, picks_2THm).unbind(0)
+        return rows_THm * self.num_keys + cols_THm, scores_THmh
 
     def _product(self, ranks: str) -> str:
         """Einsum of queries with keys; ``ranks`` is "r" to keep the ranks apart."""
@@ -175,7 +181,7 @@ class Retrieval(nn.Module):
 
     def _search(self, queries: Tensor, search: Tensor) -> Tensor:
         """Candidate rows and columns of every head, (2, T, H, c)."""
-        scores_2THn = self.search_product(queries, search)
+        scores_2THn = torch.einsum(self._product(""), queries, search)
         return top_candidates(scores_2THn, self.top_m, self.candidates)
 
     def _exact_scores(self, queries: Tensor, keys_2Hnrd: Tensor, index_2THc: Tensor) -> Tensor:
