@@ -115,12 +115,12 @@ inline void pool_tile(
     prefetch(values_RV + bagged.rows[ahead] * V + column, N * lanes * sizeof(T));
     const T* row = values_RV + bagged.rows[j] * V + column;
     const A score = bagged.scores[j * h + core];
-#pragma GCC unroll 16
+#pragma GCC unroll 4
     for (int i = 0; i < N; ++i) {
       sums[i] += score * load(row + i * lanes);
     }
   }
-#pragma GCC unroll 16
+#pragma GCC unroll 4
   for (int i = 0; i < N; ++i) {
     store(out_V + column + i * lanes, sums[i]);
   }
@@ -207,7 +207,7 @@ inline A backward_tile(
     prefetch(next.grad_row_V + column, N * lanes * sizeof(A));
   }
   Vector<A> dots[N];
-#pragma GCC unroll 16
+#pragma GCC unroll 4
   for (int i = 0; i < N; ++i) {
     const Vector<A> grad = load(entry.grad_V + column + i * lanes);
     dots[i] = grad * load(entry.row_V + column + i * lanes);
@@ -216,7 +216,7 @@ inline A backward_tile(
       store(target, kTable == Table::kAdd ? load(target) + score * grad : score * grad);
     }
   }
-#pragma GCC unroll 16
+#pragma GCC unroll 4
   for (int i = 1; i < N; ++i) {
     dots[0] += dots[i];
   }
