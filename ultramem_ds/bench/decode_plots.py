@@ -11,6 +11,7 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
+from matplotlib.ticker import NullLocator
 
 _STYLE: dict[str, dict[str, Any]] = {
     "dense": {"color": "tab:gray", "marker": "o"},
