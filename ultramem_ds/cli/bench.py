@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import argparse
 
-from ultramem_ds.cli import bench_comm, bench_decode, bench_lookup
+from ultramem_ds.cli import bench_comm, bench_decode, bench_layer, bench_lookup, bench_step
 
 # A sub-verb is a module with add_parser(subparsers), which sets run_bench(args) -> int.
-_SUB_VERBS = (bench_lookup, bench_comm, bench_decode)
+_SUB_VERBS = (bench_lookup, bench_comm, bench_decode, bench_layer, bench_step)
 
 
 def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
