@@ -22,6 +22,7 @@ from ultramem_ds.sharding.deepspeed_import import deepspeed
 from ultramem_ds.sharding.experts import ExpertParallelMLP, canonical_name, expert_parallel_size
 from ultramem_ds.sharding.groups import TableGroups, make_groups
 from ultramem_ds.sharding.lookup import build_lookup
+from ultramem_ds.sharding.offload import prepare_offload
 from ultramem_ds.sharding.optimizer_state import OptimizerState, Zero12State
 from ultramem_ds.sharding.planner import resolve_partition
 from ultramem_ds.sharding.row_sparse import RowSparseShard, RowSparseTables
@@ -65,6 +66,7 @@ def parallelize(config: Config, ranks: Ranks, engine_config: dict[str, Any]) -> 
     5. ``deepspeed.initialize``;
     6. exempt the tables from ZeRO-3's persistence and hand each memory layer its sharded lookup.
     """
+    prepare_offload(engine_config)
     partitioned = zero_stage(engine_config) == 3
     first_expert = 0
     make_mlp = make_table = groups = None

@@ -1,0 +1,103 @@
+"""Building, training, saving and loading never hold a tensor of a whole table; values never differ."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from tests.dist.elastic_series import Leg, build_engine, run_leg
+from ultramem_ds.infer.load import load_model
+from ultramem_ds.testing.distributed import run_ranks
+
+# Tables dominate: 96 * 96 rows of 16 columns, against 64 * 32 for the embedding. Initialisation
+# draws blocks of 4096 rows, less than half of a table.
+BIG = ("memory.knum=96", "memory.value_dim=16")
+TABLE_ELEMENTS = 96 * 96 * 16
+SCHEMES = ("number-wise", "dimension-wise", "owner-pooled")
+
+
+class LargestTensor(TorchDispatchMode):
+    """Remembers the most elements that any floating-point result of an operation had in memory."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.num_elements = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for leaf in tree_leaves(result):
+            if isinstance(leaf, Tensor) and leaf.is_floating_point() and leaf.device.type != "meta":
+                held = leaf.untyped_storage().nbytes() // leaf.element_size()
+                self.num_elements = max(self.num_elements, held)
+        return result
+
+
+def largest_while_building(rank: int, world_size: int, legs: list[Leg]) -> list[int]:
+    """Elements of the largest storage met while building each leg's engine."""
+    found = []
+    for leg in legs:
+        with LargestTensor() as largest:
+            engine = build_engine(leg, rank, world_size)
+        found.append(largest.num_elements)
+        assert engine.tables is not None
+        shards = [shard.values().numel() for shard in engine.tables.shards]
+        assert all(numel < TABLE_ELEMENTS / world_size * 1.01 for numel in shards)
+        engine.engine.destroy()
+    return found
+
+
+@pytest.mark.dist
+def test_building_holds_no_more_than_a_shard(tmp_path: Path) -> None:
+    """Every scheme on 4 ranks: all of a rank's shards and parameters in one buffer at most."""
+    legs = [
+        Leg(
+            kind="ultramem",
+            begin=0,
+            end=0,
+            run_dir=tmp_path,
+            overrides=(*BIG, f"memory.partition={scheme}"),
+        )
+        for scheme in SCHEMES
+    ]
+    for rank_found in run_ranks(largest_while_building, 4, legs):
+        for num_elements in rank_found:
+            # ZeRO-3 lays a rank's slices of all parameters into one buffer: a quarter of the table
+            # and of everything else, which is less than a third of the table here.
+            assert TABLE_ELEMENTS / 4 <= num_elements < TABLE_ELEMENTS / 2
+
+
+def save_untrained(rank: int, world_size: int, legs: list[Leg]) -> None:
+    """Checkpoints of the initial values: the first step has learning rate zero."""
+    for leg in legs:
+        run_leg(leg, rank, world_size)
+
+
+@pytest.mark.dist
+def test_initial_values_are_those_of_one_process(tmp_path: Path) -> None:
+    """To the bit, for any scheme and world size, compared through checkpoints."""
+    tiny = ("optim.lr=1e-30", "optim.weight_decay=0.0")  # a step that changes no fp32 value
+    legs = {
+        scheme: Leg(
+            kind="ultramem",
+            begin=0,
+            end=1,
+            run_dir=tmp_path / scheme,
+            overrides=(*tiny, f"memory.partition={scheme}"),
+        )
+        for scheme in SCHEMES
+    }
+    single = replace(legs["number-wise"], run_dir=tmp_path / "single")
+    run_ranks(save_untrained, 1, [single])
+    run_ranks(save_untrained, 4, list(legs.values()))
+    expected = load_model(single.run_dir).state_dict()
+    for scheme, leg in legs.items():
+        for name, value in load_model(leg.run_dir).state_dict().items():
+            # The singular vectors come from cores whose last digit may differ in the SVD's inputs.
+            assert torch.equal(value, expected[name]), f"{scheme}: {name}"

@@ -1,0 +1,48 @@
+"""Offload's needs are checked before a model is built; stale build locks do not hang."""
+
+from __future__ import annotations
+
+import os
+import time
+from pathlib import Path
+
+import pytest
+
+from ultramem_ds.config.deepspeed import CONFIG_DIR, load_deepspeed_json
+from ultramem_ds.sharding import offload
+
+
+def test_nvme_without_libaio_is_one_clear_message(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing is built; the message names the package and the way out."""
+    from deepspeed.ops.op_builder import AsyncIOBuilder
+
+    monkeypatch.setattr(AsyncIOBuilder, "is_compatible", lambda self, verbose=False: False)
+    config = load_deepspeed_json(CONFIG_DIR / "ultramem_zero3_nvme_offload.json", "ultramem")
+    with pytest.raises(ValueError, match="libaio-dev.*cpu_offload.json"):
+        offload.prepare_offload(config)
+
+
+def test_stale_build_lock_is_removed(tmp_path: Path) -> None:
+    """Left behind long ago: removed at once. The directory's other files stay."""
+    for name in ("lock", "build.ninja"):
+        (tmp_path / name).write_text("")
+    past = time.time() - 2 * offload.STALE_AFTER_S
+    for path in (tmp_path / "lock", tmp_path / "build.ninja", tmp_path):
+        os.utime(path, (past, past))
+    offload.remove_stale_lock(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["build.ninja"]
+
+
+def test_fresh_build_lock_is_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Somebody is compiling: their lock goes when they are done."""
+    (tmp_path / "lock").write_text("")
+    waits = []
+
+    def finish_after_two(seconds: float) -> None:
+        waits.append(seconds)
+        if len(waits) == 2:
+            (tmp_path / "lock").unlink()
+
+    monkeypatch.setattr(offload.time, "sleep", finish_after_two)
+    offload.remove_stale_lock(tmp_path)
+    assert len(waits) == 2
