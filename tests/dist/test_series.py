@@ -62,6 +62,10 @@ JOBS: dict[str, dict[str, Any]] = {
         "overrides": [*SMALL, *TABLES, "memory.shard_group_size=2", "memory.partition=number-wise"],
         "ranks": [2, 4],
     },
+    "ultramem-recompute": {
+        "preset": "ultramem-debug",
+        "overrides": [*SMALL, *TABLES, "train.activation_checkpointing=true"],
+    },
     "moe": {"preset": "moe-debug", "overrides": [*SMALL, "moe.num_experts=4"]},
     "moe-zero1": {
         "preset": "moe-debug",
