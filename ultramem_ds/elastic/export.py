@@ -142,7 +142,7 @@ def write_default_layout(path: Path, output: Path, world_size: int) -> Path:
         file = f"{prefix}{name}_optim_states.pt"
         torch.save(_optimizer_states(reader, layout, rank), staging / file)
         torch.save(_model_states(reader, layout), staging / f"{name}_model_states.pt")
-        write_rank_layout(staging, rank, {ZERO: Store(file, layout.pieces(rank))})
+        write_rank_layout(staging, rank, {ZERO: Store(file, "AdamW", layout.pieces(rank))})
     write_layout(staging, world_size, reader.parameters)
     partition = "number-wise" if config.has_memory else ""
     written = replace(state, world_size=world_size, partition=partition, zero_stage=3)

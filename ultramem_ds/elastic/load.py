@@ -73,11 +73,11 @@ class EngineCheckpoint:
                 str(directory), tag=tag, save_latest=False, exclude_frozen_parameters=True
             )
         file = Path(self.engine._get_zero_ckpt_name(str(directory), tag)).name
-        stores = {ZERO: Store(file, self.zero.pieces())}
+        stores = {ZERO: Store(file, self._optimizer, self.zero.pieces())}
         for name, state in self.own.items():
             file = f"{name}_rank_{self.comm.rank:05d}.pt"
             state.write(directory / tag / file)
-            stores[name] = Store(file, state.pieces())
+            stores[name] = Store(file, type(state).__name__, state.pieces())
         write_rank_layout(directory / tag, self.comm.rank, stores)
 
     def seal(self, directory: Path, tag: str) -> None:
@@ -112,10 +112,18 @@ class EngineCheckpoint:
         return same
 
     def _same_pieces(self, reader: CheckpointReader) -> bool:
-        """Whether DeepSpeed's part is laid out as it was on the same rank when saved."""
+        """Whether DeepSpeed's part is laid out as it was on the same rank when saved.
+
+        The optimizer's class counts: loading replaces hyper-parameters that another lacks.
+        """
         if reader.layout.world_size != self.comm.world_size:
             return False
-        return reader.stores[self.comm.rank][ZERO].pieces == self.zero.pieces()
+        saved = reader.stores[self.comm.rank][ZERO]
+        return saved.optimizer == self._optimizer and saved.pieces == self.zero.pieces()
+
+    @property
+    def _optimizer(self) -> str:
+        return type(self.engine.optimizer.optimizer).__name__
 
     def _check_model(self, reader: CheckpointReader) -> None:
         for name, record in self.parameters.items():

@@ -30,10 +30,12 @@ class Store:
 
     Attributes:
         file: name inside the checkpoint directory.
+        optimizer: class of the optimizer that wrote it.
         pieces: what its flat buffers hold, ordered by (buffer, offset).
     """
 
     file: str
+    optimizer: str
     pieces: list[Piece]
 
 
@@ -77,6 +79,7 @@ def write_rank_layout(checkpoint: Path, rank: int, stores: Mapping[str, Store]) 
     lines = {
         name: {
             "file": store.file,
+            "optimizer": store.optimizer,
             "pieces": [[p.name, p.buffer, p.offset, *astuple(p.block)] for p in store.pieces],
         }
         for name, store in stores.items()
@@ -94,7 +97,9 @@ def read_rank_layout(checkpoint: Path, rank: int) -> dict[str, Store]:
     values = _read_json(checkpoint / rank_file(rank))
     return {
         name: Store(
-            store["file"], [Piece(n, b, o, Block(*block)) for n, b, o, *block in store["pieces"]]
+            store["file"],
+            store["optimizer"],
+            [Piece(n, b, o, Block(*block)) for n, b, o, *block in store["pieces"]],
         )
         for name, store in values["stores"].items()
     }
