@@ -23,7 +23,7 @@ from ultramem_ds.utils.files import write_json
 ROOT = Path("runs/demo")
 PRESETS = ("dense-debug", "moe-debug", "ultramem-debug")
 NUM_RANKS = 2
-OVERRIDES = ("train.max_steps=200", "train.eval_every=100", "train.save_every=100")
+OVERRIDES = ("train.max_steps=150", "train.eval_every=75", "train.save_every=75")
 LAUNCHER = Path(__file__).resolve().parents[2] / "launch" / "one_node.sh"
 
 
