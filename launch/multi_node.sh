@@ -11,6 +11,9 @@ if [ -n "${HOSTFILE:-}" ]; then
     --master_port "$port" --module ultramem_ds "$@"
 fi
 : "${NODE_RANK:?set HOSTFILE, or NODE_RANK, NNODES, MASTER_ADDR and NPROC}" "${NNODES:?}" "${MASTER_ADDR:?}" "${NPROC:?}"
-exec "$python" -m deepspeed.launcher.runner --no_ssh --node_rank "$NODE_RANK" --num_nodes "$NNODES" \
-  --num_gpus "$NPROC" --master_addr "$MASTER_ADDR" --master_port "$port" --no_local_rank \
-  --module ultramem_ds "$@"
+# Without ssh the launcher still wants a hostfile, for the number of nodes and of ranks on each.
+hosts=$(mktemp)
+trap 'rm -f "$hosts"' EXIT
+for ((node = 0; node < NNODES; node++)); do echo "node-$node slots=$NPROC"; done >"$hosts"
+"$python" -m deepspeed.launcher.runner --no_ssh --node_rank "$NODE_RANK" --hostfile "$hosts" \
+  --master_addr "$MASTER_ADDR" --master_port "$port" --no_local_rank --module ultramem_ds "$@"
