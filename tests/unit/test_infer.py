@@ -11,7 +11,13 @@ from ultramem_ds.infer.sampling import Sampling, choose, distribution
 from ultramem_ds.infer.search import PackedSearch, PackedSelect
 from ultramem_ds.infer.text import Detokenizer
 from ultramem_ds.infer.weights import PackedLinear, PackedWeights, pack_where_possible
-from ultramem_ds.kernels.packed import can_pack, grouped_linear, pack_into, packed_shape
+from ultramem_ds.kernels.packed import (
+    attend_to_cache,
+    can_pack,
+    grouped_linear,
+    pack_into,
+    packed_shape,
+)
 from ultramem_ds.model.memory.layer import MemoryLayer
 from ultramem_ds.model.memory.lookup import ValueTable
 from ultramem_ds.model.memory.query import LAYOUTS
@@ -227,3 +233,19 @@ def test_packed_selection_is_the_two_stage_selection(layout, retrieval):
     assert torch.equal(got.slots_TK, expected.slots_TK)
     # Scores multiply two sums of 21 products near 20 each: a few units of 2^-24 * 10^3.
     torch.testing.assert_close(got.scores_TKh, expected.scores_TKh, rtol=1e-4, atol=1e-3)
+
+
+@needs_native
+@pytest.mark.parametrize("cached_heads", [8, 2, 1])
+@pytest.mark.parametrize("positions", [1, 15, 16, 100])
+def test_attention_to_a_cache_is_torchs(cached_heads, positions):
+    generator = torch.Generator().manual_seed(positions)
+    q_BA1K = 3 * torch.randn(2, 8, 1, 32, generator=generator)
+    keys, values = torch.randn(2, 2, cached_heads, 128, 32, generator=generator)[
+        :, :, :, :positions
+    ]
+    got = attend_to_cache(q_BA1K, keys, values)
+    repeated = [x.repeat_interleave(8 // cached_heads, dim=1) for x in (keys, values)]
+    expected = torch.nn.functional.scaled_dot_product_attention(q_BA1K, *repeated)
+    # Exponentials good to 2e-7 of scores up to about 50, sums of up to 100 values near 1.
+    torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)

@@ -21,10 +21,10 @@ from torch import Tensor, nn
 
 from ultramem_ds.config.schema import Config, ModelConfig
 from ultramem_ds.infer.experts import GroupedExperts, Router
-from ultramem_ds.infer.prepare import install_selection, prepare_for_decoding
+from ultramem_ds.infer.prepare import install_native_calls, prepare_for_decoding
 from ultramem_ds.infer.weights import PackedWeights
 from ultramem_ds.kernels.hugepages import advise_huge_pages
-from ultramem_ds.kernels.packed import PANEL, can_pack, packed_shape
+from ultramem_ds.kernels.packed import PANEL, attend_to_cache, can_pack, packed_shape
 from ultramem_ds.model.init import init_parameter
 from ultramem_ds.model.lm import LanguageModel, StepInputs
 from ultramem_ds.model.transformer import Attention, AttentionContext, Block, KVSlot
@@ -104,7 +104,7 @@ def build_on(buffer: WeightBuffer, config: Config) -> LanguageModel:
         _materialise(model, buffer)
     prepare_for_decoding(model, packer)
     _materialise(model, buffer)
-    install_selection(model)
+    install_native_calls(model)
     model.to(buffer.elements.device).mark_stale()
     return model
 
@@ -210,8 +210,9 @@ class OnlyNew:
     """A key/value slot that remembers nothing: attention over the token itself."""
 
     def update(self, keys_BASK: Tensor, values_BASK: Tensor) -> tuple[Tensor, Tensor]:
-        """The new keys and values."""
-        return keys_BASK, values_BASK
+        """The new keys and values, laid out alike as a cache has them."""
+        keys, values = torch.stack((keys_BASK, values_BASK)).unbind(0)
+        return keys, values
 
 
 class FullBuffer:
@@ -241,10 +242,12 @@ class GroupedQueryAttention(Attention):
         assert kv is not None and x_BSD.shape[1] == 1
         q_BA1K, k_BA1K, v_BA1K = self.project(x_BSD, context)
         k_BACK, v_BACK = kv.update(k_BA1K, v_BA1K)
-        # Query heads of a group lie along the positions: one product per cached head.
-        grouped = q_BA1K.reshape(q_BA1K.shape[0], k_BACK.shape[1], -1, q_BA1K.shape[-1])
-        out = F.scaled_dot_product_attention(grouped, k_BACK, v_BACK)
-        return self.out_proj(out.reshape(x_BSD.shape))
+        if can_pack(q_BA1K):
+            out_BA1K = attend_to_cache(q_BA1K, k_BACK, v_BACK)
+        else:  # the query heads of a group lie along the positions: one product per cached head
+            grouped = q_BA1K.reshape(q_BA1K.shape[0], k_BACK.shape[1], -1, q_BA1K.shape[-1])
+            out_BA1K = F.scaled_dot_product_attention(grouped, k_BACK, v_BACK)
+        return self.out_proj(out_BA1K.reshape(x_BSD.shape))
 
 
 class KVPool:

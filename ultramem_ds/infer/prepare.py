@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from torch import nn
 
+from ultramem_ds.infer.attention import decode_attention
 from ultramem_ds.infer.experts import GroupedExperts
 from ultramem_ds.infer.search import PackedSelect
 from ultramem_ds.infer.weights import PackedLinear, Packer, pack_where_possible
 from ultramem_ds.kernels.packed import can_pack
 from ultramem_ds.model.lm import LanguageModel
 from ultramem_ds.model.moe import MixtureOfExperts
+from ultramem_ds.model.transformer import Block
 
 
 def prepare_for_decoding(
@@ -38,12 +40,16 @@ def prepare_for_decoding(
                 weights = packer([child])
                 if weights is not None:
                     setattr(module, name, PackedLinear(weights))
-    install_selection(model)
+    install_native_calls(model)
     return model
 
 
-def install_selection(model: LanguageModel) -> None:
-    """Let memory layers select in one native call where that is possible."""
+def install_native_calls(model: LanguageModel) -> None:
+    """Attend to the cache, and select in memory layers, in native calls where that is possible."""
+    for block in model.blocks:
+        assert isinstance(block, Block)
+        if can_pack(model.embedding.weight):
+            block.attention.attend = decode_attention
     one_sided = model.config.memory.candidates == "one-sided"
     for memory in model.memory_layers:
         if one_sided and can_pack(memory.retrieval.keys.weight):

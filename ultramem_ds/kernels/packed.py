@@ -38,6 +38,8 @@ def _library() -> ctypes.CDLL | None:
         [pointer] + [number] * 3 + [pointer] * 4 + [number] * 8 + [pointer] * 2
     )
     library.ultramem_select.restype = None
+    library.ultramem_attend.argtypes = [pointer] * 3 + [number] * 8 + [ctypes.c_float] + [pointer]
+    library.ultramem_attend.restype = None
     return library
 
 
@@ -142,3 +144,37 @@ def select_slots(
         scores_THmh.data_ptr(),
     )
     return slots_THm, scores_THmh
+
+
+def attend_to_cache(q_BA1K: Tensor, keys_BACK: Tensor, values_BACK: Tensor) -> Tensor:
+    """Attention of one new token over everything cached.
+
+    Args:
+        q_BA1K: fp32 queries; ``A`` may be a multiple of the cached heads, of which each then serves
+            a run of query heads (Ainslie et al., 2023).
+        keys_BACK: fp32, K a multiple of 16 and contiguous; positions beyond the end are not given.
+        values_BACK: strided like the keys.
+
+    Returns:
+        ``(B, A, 1, K)``.
+    """
+    library = _library()
+    B, num_heads, num_positions, width = keys_BACK.shape
+    assert library is not None and width % 16 == 0 and q_BA1K.shape[2] == 1
+    assert keys_BACK.stride(-1) == 1 and keys_BACK.stride() == values_BACK.stride()
+    q_BA1K = q_BA1K.contiguous()
+    out_BA1K = torch.empty_like(q_BA1K)
+    library.ultramem_attend(
+        q_BA1K.data_ptr(),
+        keys_BACK.data_ptr(),
+        values_BACK.data_ptr(),
+        *keys_BACK.stride()[:3],
+        B,
+        num_heads,
+        q_BA1K.shape[1] // num_heads,
+        num_positions,
+        width,
+        width**-0.5,
+        out_BA1K.data_ptr(),
+    )
+    return out_BA1K

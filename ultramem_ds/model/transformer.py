@@ -9,8 +9,9 @@ Letters: B sequences, S tokens per sequence, D hidden, A attention heads, K head
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal, NamedTuple, Protocol
+from typing import Literal, NamedTuple, Protocol, TypeAlias
 
 import torch
 import torch.nn.functional as F
@@ -88,6 +89,20 @@ def make_linear(in_features: int, out_features: int, init: str = "matrix") -> nn
     return linear
 
 
+# Queries, keys, values, mask, dropout -> the attended values, (B, A, S, K).
+Attend: TypeAlias = Callable[[Tensor, Tensor, Tensor, Tensor | None, float], Tensor]
+
+
+def causal_attention(
+    q_BASK: Tensor, k_BASK: Tensor, v_BASK: Tensor, mask_BSS: Tensor | None, dropout: float
+) -> Tensor:
+    """Torch's scaled-dot-product attention; without a mask causal, one query sees every key."""
+    causal = mask_BSS is None and q_BASK.shape[2] > 1
+    return F.scaled_dot_product_attention(
+        q_BASK, k_BASK, v_BASK, attn_mask=mask_BSS, dropout_p=dropout, is_causal=causal
+    )
+
+
 class Attention(nn.Module):
     """Multi-head self-attention with rotary embeddings on torch's scaled-dot-product kernels."""
 
@@ -97,6 +112,7 @@ class Attention(nn.Module):
         self.dropout = config.dropout
         self.qkv_proj = make_linear(config.hidden_size, 3 * config.hidden_size)
         self.out_proj = make_linear(config.hidden_size, config.hidden_size, init="residual")
+        self.attend: Attend = causal_attention  # infer/ may put a faster one here
 
     def project(self, x_BSD: Tensor, context: AttentionContext) -> tuple[Tensor, Tensor, Tensor]:
         """Rotated queries and keys, and values, each ``(B, A, S, K)``."""
@@ -110,14 +126,8 @@ class Attention(nn.Module):
         q_BASK, k_BASK, v_BASK = self.project(x_BSD, context)
         if kv is not None:
             k_BASK, v_BASK = kv.update(k_BASK, v_BASK)
-        out_BASK = F.scaled_dot_product_attention(
-            q_BASK,
-            k_BASK,
-            v_BASK,
-            attn_mask=context.mask_BSS,
-            dropout_p=self.dropout if self.training else 0.0,
-            is_causal=context.mask_BSS is None and x_BSD.shape[1] > 1,
-        )
+        dropout = self.dropout if self.training else 0.0
+        out_BASK = self.attend(q_BASK, k_BASK, v_BASK, context.mask_BSS, dropout)
         return self.out_proj(out_BASK.transpose(1, 2).reshape(x_BSD.shape))
 
 
