@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import socket
+import subprocess
 from pathlib import Path
 
 import pytest
 
 from tests.conftest import VOCAB_SIZE
-from tests.dist.launching import run_verb
+from tests.dist.launching import ROOT, environment, run_verb
 
 pytestmark = pytest.mark.dist
 
@@ -88,3 +90,35 @@ def test_one_process_gives_the_same_series(prepared: Path, tmp_path: Path) -> No
         series.append([(r["loss"], r["grad_norm"]) for r in lines(run_dir / "metrics.jsonl")])
     for one, two in zip(*series):
         assert one == pytest.approx(two, rel=1e-5)
+
+
+def test_two_nodes_without_ssh_give_the_series_of_one_process(
+    prepared: Path, tmp_path: Path
+) -> None:
+    """Two invocations of the launcher, as on two machines, over this machine's loopback."""
+    overrides = [*OVERRIDES, "train.stop_at_step=2"]
+    arguments = ["train", "--preset", "ultramem-debug", "--data", str(prepared), *overrides]
+    with socket.socket() as sock:
+        sock.bind(("127.0.0.1", 0))
+        port = sock.getsockname()[1]
+    settings = {"NNODES": "2", "NPROC": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    nodes = [
+        subprocess.Popen(
+            ["bash", str(ROOT / "launch" / "multi_node.sh"), *arguments]
+            + ["--run-dir", str(tmp_path / "nodes")],
+            env=environment(NODE_RANK=str(node), **settings),
+            cwd=ROOT,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for node in range(2)
+    ]
+    for node in nodes:
+        output, _ = node.communicate(timeout=300)
+        assert node.returncode == 0, output
+    assert run_verb(*arguments, "--run-dir", str(tmp_path / "one")).returncode == 0
+    one, two = (lines(tmp_path / name / "metrics.jsonl") for name in ("one", "nodes"))
+    for a, b in zip(one, two, strict=True):
+        assert a["loss"] == pytest.approx(b["loss"], rel=1e-5)
+        assert a["grad_norm"] == pytest.approx(b["grad_norm"], rel=1e-5)
