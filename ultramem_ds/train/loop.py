@@ -266,8 +266,10 @@ class _Loop:
             record |= {"lr_values": result.lr_values, "aux_loss": result.aux_loss}
         if result.expert_share:
             record |= {"balance_loss": result.balance_loss, "expert_share": result.expert_share}
+        shares = self.mixture.proportions(0, step * self.config.train.global_batch_size)
         return record | {
             **result.memory,
+            **{f"data/{name}": share for name, share in shares.items()},
             "tokens_per_s": self.tokens_per_step / step_time_s,
             "step_time_s": step_time_s,
         }

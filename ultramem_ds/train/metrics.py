@@ -92,7 +92,8 @@ class MetricsWriter:
         self._metrics.flush()
         for key, value in record.items():
             if isinstance(value, int | float) and key != "step":
-                self._board.add_scalar(_TAGS.get(key, f"memory/{key}"), value, record["step"])
+                tag = _TAGS.get(key, key if "/" in key else f"memory/{key}")
+                self._board.add_scalar(tag, value, record["step"])
 
     def write_validation(self, step: int, losses: dict[str, float]) -> None:
         """Write validation losses by subset, nats per token; ``all`` is the token-weighted mean."""
