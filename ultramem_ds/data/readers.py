@@ -11,8 +11,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, BinaryIO, TypeAlias, cast
 
-import pyarrow
-
 from ultramem_ds.data.sources import Unit, canonical_subset
 
 # Columns that hold a document's text, in order of preference; RedPajama-V2 has raw_content.
@@ -126,6 +124,8 @@ def _lines(unit: Unit, max_bytes: int) -> Iterator[tuple[int, bytes | None]]:
 def _decompress(file: BinaryIO, unit: Unit) -> BinaryIO:
     if unit.kind == "gzip":
         return cast(BinaryIO, gzip.GzipFile(fileobj=file))
+    import pyarrow  # here, because it takes long to import
+
     # Arrow's stream, because python-zstandard's ends a truncated file without an error.
     return cast(
         BinaryIO, io.BufferedReader(pyarrow.input_stream(file, compression="zstd"), _BLOCK_BYTES)

@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+from tokenizers import Tokenizer as Backend
 
 from ultramem_ds.utils.files import atomic_file
 
@@ -86,20 +87,16 @@ class HuggingFaceTokenizer(Tokenizer):
 
     file_name = "tokenizer.json"
 
-    def __init__(self, content: bytes, eos_token: str | None = None) -> None:
-        from tokenizers import Tokenizer as Backend
-
+    def __init__(self, content: bytes) -> None:
         super().__init__(content)
+        backend = Backend.from_str(content.decode())
+        eos = _choose_eos(backend)
         description = json.loads(content)
-        added = description.get("added_tokens") or []
-        names = {token["content"] for token in added} | set(
-            Backend.from_str(content.decode()).get_vocab()
-        )
-        eos = _choose_eos(names, eos_token)
-        for token in added:
-            # A token that is not marked special would be recognised inside documents' text.
-            token["special"] = token["special"] or token["content"] == eos
-        backend = Backend.from_str(json.dumps(description))
+        plain = [t for t in description["added_tokens"] if t["content"] == eos and not t["special"]]
+        if plain:
+            # It would be recognised inside documents' text.
+            plain[0]["special"] = True
+            backend = Backend.from_str(json.dumps(description))
         backend.encode_special_tokens = True
         backend.no_truncation()  # a file may carry a maximum length, which would cut documents
         backend.no_padding()
@@ -189,18 +186,11 @@ class StreamDecoder:
         return self._tokenizer.decode(self._ids[self._begin :])[len(before) :]
 
 
-def _choose_eos(names: set[str], asked: str | None) -> str:
-    if asked is not None:
-        if asked not in names:
-            raise ValueError(f"the tokenizer has no token {asked!r} to end documents with")
-        return asked
+def _choose_eos(backend: Backend) -> str:
     for name in _END_OF_TEXT_NAMES:
-        if name in names:
+        if backend.token_to_id(name) is not None:
             return name
-    raise ValueError(
-        "the tokenizer has no end-of-text token under a known name "
-        f"({', '.join(_END_OF_TEXT_NAMES)})"
-    )
+    raise ValueError(f"it has no end-of-text token, none of {', '.join(_END_OF_TEXT_NAMES)}")
 
 
 def load_tokenizer(path: str | Path) -> Tokenizer:
