@@ -157,6 +157,7 @@ _DEBUG: Overrides = {
         "vocab_size": 4096,
         "seq_len": 128,
         "dropout": 0.0,
+        "init_std": 0.088,  # 1 / sqrt(hidden size); 0.02 is that of about 2,500
     },
     "optim": {"lr": 2e-3, "value_lr": 1e-2},
     "train": {

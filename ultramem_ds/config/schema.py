@@ -43,7 +43,8 @@ class ModelConfig:
     norm: Literal["layernorm", "rmsnorm"] = "layernorm"  # pre-norms and the final norm, no bias
     norm_eps: float = 1e-5
     rope_theta: float = 10_000.0  # base of the rotary frequencies
-    init_std: float = 0.02  # of embeddings and matrices; residual outputs / sqrt(2 L)
+    init_std: float = 0.02  # of matrices; residual outputs / sqrt(2 L)
+    embedding_std: float = 1.0  # residual stream of unit scale, as branch variances 1/(2L) suppose
 
     def __post_init__(self) -> None:
         for name in (
@@ -65,6 +66,7 @@ class ModelConfig:
         _require(self.norm_eps > 0, "model.norm_eps must be positive")
         _require(self.rope_theta > 0, "model.rope_theta must be positive")
         _require(self.init_std > 0, "model.init_std must be positive")
+        _require(self.embedding_std > 0, "model.embedding_std must be positive")
 
     @property
     def head_dim(self) -> int:

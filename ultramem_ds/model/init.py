@@ -42,6 +42,10 @@ def _matrix(config: Config) -> Fill:
     return Fill(std=config.model.init_std)
 
 
+def _embedding(config: Config) -> Fill:
+    return Fill(std=config.model.embedding_std)
+
+
 def _residual(config: Config) -> Fill:
     return Fill(std=config.model.init_std / math.sqrt(2 * config.model.num_layers))
 
@@ -97,7 +101,7 @@ def _table(config: Config) -> Fill:
 
 INITIALISERS: dict[str, Callable[[Config], Fill]] = {
     # name               pkm                paper              corrected
-    "embedding": _matrix,  # init_std
+    "embedding": _embedding,  # embedding_std
     "matrix": _matrix,  # init_std
     "residual": _residual,  # init_std / sqrt(2 L)
     "norm": _ones,  # 1
