@@ -59,12 +59,13 @@ def test_standard_deviations_of_a_model():
     config = preset("ultramem-debug")
     model = LanguageModel(config)
     init_module(model, config, seed=0)
-    residual = 0.02 / math.sqrt(2 * 4)
+    matrix = config.model.init_std
+    residual = matrix / math.sqrt(2 * 4)
     assert model.embedding.weight.std().item() == pytest.approx(1.0, rel=0.02)
     for block in model.blocks:
         assert block.attention.out_proj.weight.std().item() == pytest.approx(residual, rel=0.05)
         assert block.mlp.down_proj.weight.std().item() == pytest.approx(residual, rel=0.05)
-        assert block.attention.qkv_proj.weight.std().item() == pytest.approx(0.02, rel=0.05)
+        assert block.attention.qkv_proj.weight.std().item() == pytest.approx(matrix, rel=0.05)
         assert (block.mlp_norm.weight == 1).all()
     memory, layer = config.memory, model.memories[0]
     table_std = math.sqrt(memory.expansion / (2 * memory.top_m * memory.num_heads * 4))
