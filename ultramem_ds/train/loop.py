@@ -37,7 +37,7 @@ from ultramem_ds.train.memory_use import peak_memory_bytes
 from ultramem_ds.train.metrics import MetricsWriter
 from ultramem_ds.utils.files import write_json
 
-# On resume these keys may differ (what they change does not change the series); others may not.
+# On resume these keys may differ; any other changed key is refused by name.
 RESUMABLE_KEYS = frozenset(
     {
         "memory.partition",
@@ -45,17 +45,6 @@ RESUMABLE_KEYS = frozenset(
         "train.micro_batch_size",
         "train.save_every",
         "train.stop_at_step",
-        "train.keep_last",
-        "train.log_every",
-        "train.eval_every",
-        "train.eval_sequences",
-        "train.activation_checkpointing",
-        "memory.dedup",
-        "memory.async_lookup",
-        "memory.kernel",
-        "memory.stats_every",
-        "data.num_workers",
-        "data.prefetch",
     }
 )
 
@@ -261,9 +250,10 @@ class _Loop:
             "grad_norm": result.grad_norm,
             "tokens": step * self.tokens_per_step,
             "lr": result.lr,
+            "lr_values": result.lr_values,  # null without value tables
         }
         if result.lr_values is not None:
-            record |= {"lr_values": result.lr_values, "aux_loss": result.aux_loss}
+            record["aux_loss"] = result.aux_loss
         if result.expert_share:
             record |= {"balance_loss": result.balance_loss, "expert_share": result.expert_share}
         shares = self.mixture.proportions(0, step * self.config.train.global_batch_size)
