@@ -14,7 +14,8 @@ from ultramem_ds.model.lm import LanguageModel
 
 KINDS = ("dense", "pkm", "moe", "ultramem")
 # fp32 sums of at most 512 products in another order, through 4 blocks: about 1e-6 of logits near 1.
-FP32 = {"rtol": 1e-5, "atol": 1e-5}
+# Logits are of order 1 to 10, sums of 128 fp32 products after four blocks of such sums.
+FP32 = {"rtol": 1e-5, "atol": 1e-4}
 GREEDY = Sampling(max_new_tokens=5, temperature=0)
 
 
