@@ -13,8 +13,8 @@ from ultramem_ds.model.init import init_module
 from ultramem_ds.model.lm import LanguageModel
 
 KINDS = ("dense", "pkm", "moe", "ultramem")
-# fp32 sums of at most 512 products in another order, through 4 blocks: about 1e-6 of logits near 1.
-# Logits are of order 1 to 10, sums of 128 fp32 products after four blocks of such sums.
+# fp32 sums of at most 512 products in another order, through 4 blocks: some 1e-6 of logits up to
+# about 10.
 FP32 = {"rtol": 1e-5, "atol": 1e-4}
 GREEDY = Sampling(max_new_tokens=5, temperature=0)
 
