@@ -75,8 +75,8 @@ evaluate: install ## evaluate CHECKPOINT on DATA
 generate: install ## continue PROMPT with CHECKPOINT
 	$(PY) -m ultramem_ds generate --checkpoint $(CHECKPOINT) --prompt '$(PROMPT)' $(ARGS)
 
-bench: install ## benchmarks of lookups and communication, side by side
-	$(PY) -m ultramem_ds bench lookup $(ARGS)
+bench: install ## benchmarks side by side: ARGS="lookup|decode|layer|step|comm ..."; default: lookups in a small table
+	$(PY) -m ultramem_ds bench $(if $(ARGS),$(ARGS),lookup --rows 200000)
 
 clean: ## remove caches and builds; keeps .venv and runs
 	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
