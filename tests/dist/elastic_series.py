@@ -20,6 +20,7 @@ from ultramem_ds.sharding.deepspeed_import import deepspeed
 from ultramem_ds.sharding.runtime import Ranks
 from ultramem_ds.train import checkpoint as checkpoints
 from ultramem_ds.train.engine import TrainEngine
+from ultramem_ds.train.phases import Phases
 
 SHARED = [
     "model.hidden_size=32",
@@ -95,7 +96,7 @@ def build_engine(leg: Leg, rank: int, world_size: int) -> TrainEngine:
     deepspeed.init_distributed("gloo", verbose=False)
     ranks = Ranks(rank, world_size, rank, torch.device("cpu"))
     json = load_deepspeed_json(leg.deepspeed_file, leg.config.model.kind)
-    return TrainEngine(leg.config, ranks, json, plan_batches(leg.config, world_size))
+    return TrainEngine(leg.config, ranks, json, plan_batches(leg.config, world_size), Phases())
 
 
 def run_leg(leg: Leg, rank: int, world_size: int) -> list[tuple[float, float]]:

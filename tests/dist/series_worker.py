@@ -17,6 +17,7 @@ from ultramem_ds.data.loader import BatchLoader
 from ultramem_ds.data.mixture import Mixture
 from ultramem_ds.sharding.runtime import Ranks, runtime
 from ultramem_ds.train.engine import TrainEngine
+from ultramem_ds.train.phases import Phases
 
 
 def loader_of(config: Config, data: Path, ranks: Ranks, start_step: int = 0) -> BatchLoader:
@@ -40,7 +41,7 @@ def series(job: dict[str, Any], data: Path, ranks: Ranks) -> list[list[float]]:
     config = load_config(job["preset"], job["overrides"])
     batches = plan_batches(config, ranks.world_size)
     file = Path(job["deepspeed"]) if job.get("deepspeed") else None
-    engine = TrainEngine(config, ranks, load_deepspeed_json(file, config.model.kind), batches)
+    engine = TrainEngine(config, ranks, load_deepspeed_json(file, config.model.kind), batches, Phases())
     loader = loader_of(config, data, ranks)
     micro_batches = iter(loader)
     results = [engine.train_step(micro_batches, step) for step in range(job["steps"])]

@@ -23,12 +23,13 @@ from ultramem_ds.config.schema import Config
 from ultramem_ds.sharding.runtime import Ranks, runtime
 from ultramem_ds.train.checkpoint import latest_checkpoint
 from ultramem_ds.train.engine import TrainEngine
+from ultramem_ds.train.phases import Phases
 
 
 def engine_of(config: Config, ranks: Ranks, file: Path | None = None) -> TrainEngine:
     """A fresh engine, under the kind's own DeepSpeed config unless a file is given."""
     json_values = load_deepspeed_json(file, config.model.kind)
-    return TrainEngine(config, ranks, json_values, plan_batches(config, ranks.world_size))
+    return TrainEngine(config, ranks, json_values, plan_batches(config, ranks.world_size), Phases())
 
 
 def resumed(job: dict[str, Any], ranks: Ranks) -> dict[str, Any]:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -322,6 +323,23 @@ def test_errors_in_workers_arrive(tmp_path):
     )
     with pytest.raises(ValueError, match="outside the tokenizer"):
         next(iter(loader))
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_loading_leaves_the_global_generator_alone(tmp_path, workers):
+    """Or a resumed run, which starts a loader where the undisturbed one did not, drops other units."""
+    loader = BatchLoader(
+        make_mixture(tmp_path, {"a": [90]}),
+        global_batch_size=1,
+        micro_batch_size=1,
+        rank=0,
+        world_size=1,
+        num_workers=workers,
+    )
+    before = torch.get_rng_state()
+    next(iter(loader))
+    loader.close()
+    assert torch.equal(torch.get_rng_state(), before)
 
 
 def test_global_batch_must_divide(tmp_path):

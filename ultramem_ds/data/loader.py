@@ -84,6 +84,8 @@ class BatchLoader:
             prefetch_factor=prefetch if num_workers else None,
             # Workers only read files and never touch a device, so forking is safe and instant.
             multiprocessing_context="fork" if num_workers else None,
+            # Its own, or starting an iteration would draw from the model's (dropout's) generator.
+            generator=torch.Generator(),
         )
         self._iterator: Iterator[_Arrays] = iter(())
         self._closed = False

@@ -23,6 +23,7 @@ from ultramem_ds.sharding.parallelize import parallelize
 from ultramem_ds.sharding.runtime import Ranks
 from ultramem_ds.train import checkpoint as checkpoints
 from ultramem_ds.train.memory_stats import MemoryStatistics
+from ultramem_ds.train.phases import Phases
 
 
 @dataclass(frozen=True)
@@ -58,12 +59,19 @@ class TrainEngine:
         ranks: where this process stands.
         deepspeed_json: contents of the DeepSpeed JSON.
         batches: how the global batch is cut up.
+        phases: told what a step is doing.
     """
 
     def __init__(
-        self, config: Config, ranks: Ranks, deepspeed_json: dict[str, Any], batches: BatchPlan
+        self,
+        config: Config,
+        ranks: Ranks,
+        deepspeed_json: dict[str, Any],
+        batches: BatchPlan,
+        phases: Phases,
     ) -> None:
         self.config = config
+        self.phases = phases
         self.ranks = ranks
         self.batches = batches
         self.zero_stage = zero_stage(deepspeed_json)
@@ -93,21 +101,26 @@ class TrainEngine:
         sums = torch.zeros(3, device=self.ranks.device)
         counts: Tensor | None = None
         for index in range(self.batches.accumulation_steps):
-            batch = next(micro_batches)
-            terms = self.engine(*self._inputs(batch))
-            self.engine.backward(terms["loss"] + terms["aux_loss"] + terms["balance_loss"])
+            with self.phases("data"):
+                inputs = self._inputs(next(micro_batches))
+            with self.phases("forward"):
+                terms = self.engine(*inputs)
+            with self.phases("backward"):
+                self.engine.backward(terms["loss"] + terms["aux_loss"] + terms["balance_loss"])
             sums += torch.stack(
                 [terms[k].detach().float() for k in ("loss", "aux_loss", "balance_loss")]
             )
             load = terms["expert_counts"].float()
             counts = load if counts is None else counts + load
-            if index == self.batches.accumulation_steps - 1 and self.tables is not None:
-                self.tables.publish_gradients()
-            self.engine.step()
-        grad_norm = float(self.engine.get_global_grad_norm())
-        if self.tables is not None:
-            self.tables.finish_step(lrs["tables"], grad_norm)
-        self.model.mark_stale()
+            with self.phases("optimizer"):
+                if index == self.batches.accumulation_steps - 1 and self.tables is not None:
+                    self.tables.publish_gradients()
+                self.engine.step()
+        with self.phases("optimizer"):
+            grad_norm = float(self.engine.get_global_grad_norm())
+            if self.tables is not None:
+                self.tables.finish_step(lrs["tables"], grad_norm)
+            self.model.mark_stale()
         assert counts is not None
         packed = self.comm.all_reduce_(torch.cat([sums, counts.flatten()]))
         loss, aux, balance = (

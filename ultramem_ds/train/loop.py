@@ -35,6 +35,7 @@ from ultramem_ds.train.engine import StepResult, TrainEngine
 from ultramem_ds.train.evaluate import Reader, SubsetLoss, evaluate
 from ultramem_ds.train.memory_use import peak_memory_bytes
 from ultramem_ds.train.metrics import MetricsWriter
+from ultramem_ds.train.phases import Phases
 from ultramem_ds.utils.files import write_json
 
 # On resume these keys may differ; any other changed key is refused by name.
@@ -155,7 +156,7 @@ def train(run: Run) -> dict[str, Any]:
             if ranks.is_main:
                 print(f"{run.run_dir} is finished: step {done_step} of {last_step}", flush=True)
             return {"step": done_step}
-        engine = TrainEngine(config, ranks, run.deepspeed_json, run.batches)
+        engine = TrainEngine(config, ranks, run.deepspeed_json, run.batches, Phases())
         if run.resume_from is not None:
             engine.load(run.resume_from)
             if ranks.is_main:
@@ -220,6 +221,7 @@ class _Loop:
         try:
             micro_batches = iter(loader)
             for step in range(self.done_step, self.last_step):
+                self.engine.phases.step = step + 1
                 begin = time.perf_counter()
                 result = self.engine.train_step(micro_batches, step)
                 self.step_times_s.append(time.perf_counter() - begin)
@@ -238,9 +240,11 @@ class _Loop:
             if step % train.log_every == 0 or last or step == self.done_step + 1:
                 print(self._console_line(step, result), flush=True)
         if (train.eval_every and step % train.eval_every == 0) or step == train.max_steps:
-            self._validate(step, writer)
+            with self.engine.phases("validate"):
+                self._validate(step, writer)
         if (train.save_every and step % train.save_every == 0) or last:
-            self.engine.save(self.run.run_dir, step, self.mixture.fingerprint)
+            with self.engine.phases("save"):
+                self.engine.save(self.run.run_dir, step, self.mixture.fingerprint)
 
     def _record(self, step: int, result: StepResult) -> dict[str, Any]:
         step_time_s = self.step_times_s[-1]
