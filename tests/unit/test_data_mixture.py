@@ -327,7 +327,7 @@ def test_errors_in_workers_arrive(tmp_path):
 
 @pytest.mark.parametrize("workers", [0, 1])
 def test_loading_leaves_the_global_generator_alone(tmp_path, workers):
-    """Or a resumed run, which starts a loader where the undisturbed one did not, drops other units."""
+    """Or a resumed run, which starts a loader where another did not, would drop other units."""
     loader = BatchLoader(
         make_mixture(tmp_path, {"a": [90]}),
         global_batch_size=1,
