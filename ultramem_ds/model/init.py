@@ -31,11 +31,17 @@ _SAMPLES = 1024  # Monte-Carlo draws behind E[Y]
 
 @dataclass(frozen=True, kw_only=True)
 class Fill:
-    """N(mean, std^2); with ``unit_norm`` a head's cores are shifted until their sum has norm 1."""
+    """N(mean, std^2).
+
+    Attributes:
+        unit_norm: a head's cores are shifted until their sum has norm 1.
+        last_row_only: the rows before the last are zero.
+    """
 
     mean: float = 0.0
     std: float = 0.0
     unit_norm: bool = False
+    last_row_only: bool = False
 
 
 def _matrix(config: Config) -> Fill:
@@ -54,8 +60,8 @@ def _ones(_: Config) -> Fill:
     return Fill(mean=1.0)
 
 
-def _memory_conv(config: Config) -> Fill:
-    return Fill(std=1 / math.sqrt(config.memory.query_conv))
+def _memory_conv(_: Config) -> Fill:
+    return Fill(mean=1.0, last_row_only=True)  # queries begin as they are without the convolution
 
 
 def _memory_query(config: Config) -> Fill:
@@ -105,7 +111,7 @@ INITIALISERS: dict[str, Callable[[Config], Fill]] = {
     "matrix": _matrix,  # init_std
     "residual": _residual,  # init_std / sqrt(2 L)
     "norm": _ones,  # 1
-    "memory_conv": _memory_conv,  # 1 / sqrt(kernel)
+    "memory_conv": _memory_conv,  # the identity
     "memory_query": _memory_query,  # init_std; without norms query_gain / sqrt(D) but for pkm
     "memory_query_norm": _memory_query_norm,  # pkm 1, paper 1 / sqrt(E[Y]), corrected: measured Y
     "memory_keys": _memory_keys,  # 1 / sqrt(d)
@@ -222,6 +228,8 @@ def _draw(out: Tensor, fill: Fill, generator: torch.Generator) -> None:
     if fill.unit_norm:  # shift every core alike: rescaling would blow up cores that cancel
         total = draw.sum(0)
         draw += (total / total.norm(dim=(-2, -1), keepdim=True) - total) / len(draw)
+    if fill.last_row_only:
+        draw[:-1] = 0
     with torch.no_grad():
         out.copy_(draw)
 
