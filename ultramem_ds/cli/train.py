@@ -32,6 +32,14 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
         help="DeepSpeed JSON; without it the preset's own of ds_configs/",
     )
     parser.add_argument(
+        "--skip-samples",
+        action="append",
+        default=[],
+        metavar="A:B",
+        help="jump over global samples A to B - 1, which the run has not reached; repeatable, and "
+        "recorded in the checkpoints",
+    )
+    parser.add_argument(
         "overrides",
         nargs="*",
         metavar="section.key=value",
@@ -43,7 +51,9 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Check the run, then train."""
     from ultramem_ds.config.load import load_config
-    from ultramem_ds.train.loop import prepare_run, train
+    from ultramem_ds.data.skips import parse_range
+    from ultramem_ds.train.loop import train
+    from ultramem_ds.train.run import prepare_run
 
     config = load_config(arguments.preset, arguments.overrides)
     checked = prepare_run(
@@ -52,6 +62,7 @@ def run(arguments: argparse.Namespace) -> int:
         arguments.run_dir,
         arguments.deepspeed,
         int(os.environ.get("WORLD_SIZE", "1")),
+        [parse_range(text) for text in arguments.skip_samples],
     )
     train(checked)
     return 0

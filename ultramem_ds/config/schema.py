@@ -262,6 +262,12 @@ class TrainConfig:
     save_every: int = 1000  # optimizer steps between checkpoints; 0 = only at the end
     keep_last: int = 2  # checkpoints kept; 0 = all
     stop_at_step: int = 0  # save and exit at this step; the schedule stays; 0 = run to max_steps
+    max_bad_steps: int = 10  # stop after so many skipped steps in a row; 0 = never
+    grad_spike: Literal["off", "skip", "clip"] = "off"  # what to do about a gradient norm spike
+    grad_spike_sigma: float = 6.0  # standard deviations above the recent mean that make a spike
+    rollback: bool = False  # instead of stopping, reload the last checkpoint and skip the bad data
+    watchdog_s: float = 600.0  # seconds without progress that end the run; 0 = no watchdog
+    desync_every: int = 100  # optimizer steps between comparisons of the ranks; 0 = at start only
 
     def __post_init__(self) -> None:
         _require(self.seed >= 0, "train.seed must not be negative")
@@ -269,6 +275,13 @@ class TrainConfig:
             _require(getattr(self, name) >= 1, f"train.{name} must be at least 1")
         for name in ("eval_every", "eval_sequences", "save_every", "keep_last", "stop_at_step"):
             _require(getattr(self, name) >= 0, f"train.{name} must not be negative")
+        for name in ("max_bad_steps", "watchdog_s", "desync_every"):
+            _require(getattr(self, name) >= 0, f"train.{name} must not be negative")
+        _require(self.grad_spike_sigma > 0, "train.grad_spike_sigma must be positive")
+        if self.rollback:
+            _require(
+                self.max_bad_steps > 0, "train.rollback=true needs train.max_bad_steps above 0"
+            )
         if self.micro_batch_size != "auto":
             _require(self.micro_batch_size >= 1, "train.micro_batch_size must be auto or positive")
 

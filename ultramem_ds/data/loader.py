@@ -2,7 +2,7 @@
 
 Optimizer step s consumes global samples [s*G, (s+1)*G). Micro-batch j of the step holds samples
 s*G + j*b ... s*G + j*b + b - 1, whatever the number of ranks P; rank r takes j = r, r + P, r +
-2P, ...
+2P, ... With skipped ranges these numbers are positions in what remains of the order.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from ultramem_ds.data.indexed import id_dtype
 from ultramem_ds.data.mixture import Mixture
+from ultramem_ds.data.skips import NO_SKIPS, SkipRanges
 
 # Letters: b sequences of a micro-batch, S sequence length, G global batch, P ranks.
 
@@ -47,6 +48,7 @@ class BatchLoader:
         prefetch: micro-batches each worker keeps ready.
         document_mask: give ``doc_starts``.
         reset_positions: give ``positions``.
+        skips: global samples to jump over.
 
     Raises:
         ValueError: if G is not a multiple of b * P.
@@ -65,6 +67,7 @@ class BatchLoader:
         prefetch: int = 4,
         document_mask: bool = False,
         reset_positions: bool = False,
+        skips: SkipRanges = NO_SKIPS,
     ) -> None:
         if global_batch_size % (micro_batch_size * world_size):
             raise ValueError(
@@ -77,7 +80,9 @@ class BatchLoader:
         self._reset_positions = reset_positions
         self._loader: DataLoader[_Arrays] = DataLoader(
             _Samples(mixture, with_starts=document_mask or reset_positions),
-            sampler=_Order(global_batch_size, micro_batch_size, rank, world_size, start_step),
+            sampler=_Order(
+                global_batch_size, micro_batch_size, rank, world_size, start_step, skips
+            ),
             batch_size=None,
             collate_fn=_unchanged,
             num_workers=num_workers,
@@ -114,12 +119,21 @@ class BatchLoader:
 class _Order:
     """Endless tuples of global sample ids, one per micro-batch of this rank."""
 
-    def __init__(self, size: int, micro: int, rank: int, world_size: int, start_step: int) -> None:
+    def __init__(
+        self,
+        size: int,
+        micro: int,
+        rank: int,
+        world_size: int,
+        start_step: int,
+        skips: SkipRanges,
+    ) -> None:
         self._size = size
         self._micro = micro
         self._rank = rank
         self._world_size = world_size
         self._start_step = start_step
+        self._skips = skips
 
     def __iter__(self) -> Iterator[tuple[int, ...]]:
         step = self._start_step
@@ -127,7 +141,7 @@ class _Order:
         while True:
             first = step * self._size
             for begin in range(first + self._rank * self._micro, first + self._size, stride):
-                yield tuple(range(begin, begin + self._micro))
+                yield tuple(map(self._skips.sample_at, range(begin, begin + self._micro)))
             step += 1
 
 

@@ -149,10 +149,15 @@ class Comm:
             message = str(error)
         if self.all_agree(message is None):
             return
-        messages: list[str | None] = [None] * self.world_size
-        dist.all_gather_object(messages, message, group=self.group)
+        messages = self.gather_objects(message)
         rank, first = next((r, m) for r, m in enumerate(messages) if m is not None)
         raise kind(first if rank == self.rank else f"{first} (found by rank {rank})")
+
+    def gather_objects(self, mine: Any) -> list[Any]:
+        """What every rank of the group hands in, by rank; for reports, not for payloads."""
+        gathered: list[Any] = [None] * self.world_size
+        dist.all_gather_object(gathered, mine, group=self.group)
+        return gathered
 
     @property
     def _device(self) -> torch.device:

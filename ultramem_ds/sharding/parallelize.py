@@ -151,9 +151,7 @@ def _install_tables(
     if row_adam is None:
         return zero3.Zero3Tables(params, shards, ranks.world_size)
     names = {id(param): name for name, param in model.named_parameters()}
-    return RowSparseTables(
-        params, row_shards, [names[id(p)] for p in params], config.optim.clip_grad, Comm()
-    )
+    return RowSparseTables(params, row_shards, [names[id(p)] for p in params], Comm())
 
 
 def _initialize(model: LanguageModel, config: Config, engine_config: dict[str, Any]) -> Any:

@@ -18,7 +18,6 @@ Letters: R rows on this rank, V value width, U distinct rows of one lookup or st
 from __future__ import annotations
 
 import contextlib
-import math
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -29,6 +28,7 @@ from torch import Tensor, nn
 from ultramem_ds.optim.row_adam import LazyRowAdam
 from ultramem_ds.sharding.blocks import Piece
 from ultramem_ds.sharding.comm import Comm
+from ultramem_ds.sharding.gate import Decision
 from ultramem_ds.sharding.optimizer_state import MASTER
 from ultramem_ds.sharding.shard import OpenShard, TableShard
 from ultramem_ds.sharding.table_plan import ShardLayout, TableSpec
@@ -105,8 +105,6 @@ class RowSparseTables(Zero3Tables):
         params: the tables' parameters, shards installed.
         shards: in the same order.
         names: of the parameters, in the same order.
-        world_size: all ranks of the data-parallel group.
-        clip_grad: ``optim.clip_grad``.
         comm: all ranks.
     """
 
@@ -115,13 +113,11 @@ class RowSparseTables(Zero3Tables):
         params: Sequence[nn.Parameter],
         shards: Sequence[RowSparseShard],
         names: Sequence[str],
-        clip_grad: float,
         comm: Comm,
     ) -> None:
         super().__init__(params, shards, comm.world_size)
         self.row_shards = list(shards)
         self.names = list(names)
-        self.clip_grad = clip_grad
         self.comm = comm
         self._gradients: list[tuple[Tensor, Tensor]] = []
         self._norm = torch.zeros(())
@@ -142,14 +138,12 @@ class RowSparseTables(Zero3Tables):
         total = self.comm.all_reduce_(torch.stack(squares).sum())
         self._norm = (total / copies).sqrt().float() / self.world_size
 
-    def finish_step(self, lr: float, grad_norm: float) -> None:
-        """Step the rows, unless ZeRO skipped the step over a gradient that is not finite."""
+    def finish_step(self, lr: float, decision: Decision) -> None:
+        """Step the rows if ZeRO stepped the rest, clipped alike."""
         gradients, self._gradients = self._gradients, []
-        if not math.isfinite(grad_norm):
+        if not decision.apply:
             return
-        scale = 1.0 / self.world_size
-        if self.clip_grad > 0:  # DeepSpeed's formula
-            scale /= max(1.0, (grad_norm + 1e-6) / self.clip_grad)
+        scale = decision.grad_scale / self.world_size
         for shard, (rows_U, grad_UV) in zip(self.row_shards, gradients):
             shard.adam.update(rows_U, grad_UV, lr, scale)
 

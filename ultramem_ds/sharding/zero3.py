@@ -29,6 +29,7 @@ from ultramem_ds.model.memory.lookup import ValueTable
 from ultramem_ds.sharding.blocks import Block, Piece, flat_range
 from ultramem_ds.sharding.comm import Comm
 from ultramem_ds.sharding.deepspeed_import import deepspeed
+from ultramem_ds.sharding.gate import Decision
 from ultramem_ds.sharding.optimizer_state import adam_buffers, set_adam_step
 from ultramem_ds.sharding.shard import TableShard
 
@@ -150,12 +151,12 @@ class Zero3Tables:
             deepspeed.utils.safe_set_local_grad(param, grad_RV.flatten())
             shard.zero_gradient()
 
-    def finish_step(self, lr: float, grad_norm: float) -> None:
+    def finish_step(self, lr: float, decision: Decision) -> None:
         """After ``engine.step``: nothing is left, ZeRO has stepped the tables.
 
         Args:
             lr: the tables' learning rate of this step.
-            grad_norm: global norm before clipping.
+            decision: whether ZeRO took the step, and how it clipped.
         """
 
     def blocks(self) -> dict[int, Block]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +33,8 @@ class TrainerState:
         partition: how value tables were sharded, empty without tables.
         zero_stage: ZeRO stage that wrote it.
         config: the resolved configuration as nested plain values.
+        skipped_samples: ranges of global samples that the run jumps over.
+        guard: state of ``train.guards.StepGuard``.
     """
 
     step: int
@@ -42,6 +44,8 @@ class TrainerState:
     partition: str
     zero_stage: int
     config: dict[str, Any]
+    skipped_samples: list[list[int]] = field(default_factory=list)
+    guard: dict[str, Any] = field(default_factory=dict)
 
 
 def tag_of(step: int) -> str:

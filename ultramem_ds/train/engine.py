@@ -15,13 +15,16 @@ from ultramem_ds.config.deepspeed import BatchPlan, engine_config, zero_stage
 from ultramem_ds.config.load import to_dict
 from ultramem_ds.config.schema import Config
 from ultramem_ds.data.loader import MicroBatch
+from ultramem_ds.data.skips import NO_SKIPS, SkipRanges
 from ultramem_ds.elastic.load import EngineCheckpoint, parameter_records
 from ultramem_ds.model.lm import LanguageModel
 from ultramem_ds.optim.param_groups import SCHEDULES
 from ultramem_ds.sharding.comm import Comm
+from ultramem_ds.sharding.gate import Decision, StepGate, poison_unless_finite
 from ultramem_ds.sharding.parallelize import parallelize
 from ultramem_ds.sharding.runtime import Ranks
 from ultramem_ds.train import checkpoint as checkpoints
+from ultramem_ds.train.guards import StepGuard
 from ultramem_ds.train.memory_stats import MemoryStatistics
 from ultramem_ds.train.phases import Phases
 
@@ -34,7 +37,8 @@ class StepResult:
         loss: next-token cross-entropy, nats.
         aux_loss: weighted auxiliary loss of the memory layers (eq. 12).
         balance_loss: weighted load-balance loss of MoE.
-        grad_norm: global gradient norm before clipping.
+        decision: about the step, with the global gradient norm before clipping.
+        suspects: if it was skipped, by rank the samples of micro-batches without a finite loss.
         lr: learning rate of everything but value tables.
         lr_values: learning rate of value tables; None without any.
         expert_share: per MoE block, each expert's share of the routed tokens; empty without MoE.
@@ -44,11 +48,22 @@ class StepResult:
     loss: float
     aux_loss: float
     balance_loss: float
-    grad_norm: float
+    decision: Decision
+    suspects: dict[int, tuple[int, ...]]
     lr: float
     lr_values: float | None
     expert_share: list[list[float]]
     memory: dict[str, float]
+
+    @property
+    def grad_norm(self) -> float:
+        """Global gradient norm before clipping; infinite where a gradient is not finite."""
+        return self.decision.grad_norm
+
+    @property
+    def clipped_to(self) -> float | None:
+        """The limit that a spike's gradient was clipped to, if it was one."""
+        return self.decision.clip_grad if self.decision.spike and self.decision.apply else None
 
 
 class TrainEngine:
@@ -79,6 +94,8 @@ class TrainEngine:
         torch.manual_seed(config.train.seed * 1_000_003 + ranks.rank)
         parallel = parallelize(config, ranks, engine_config(deepspeed_json, config, batches))
         self.comm = Comm()
+        self.guard = StepGuard(config.train, config.optim.clip_grad)
+        self.gate = StepGate(parallel.engine, self.guard.judge)
         self.engine = parallel.engine
         self.tables = parallel.tables
         self.partition = parallel.partition
@@ -100,13 +117,17 @@ class TrainEngine:
         self.statistics.before_step(step)
         sums = torch.zeros(3, device=self.ranks.device)
         counts: Tensor | None = None
+        losses: list[tuple[tuple[int, ...], Tensor]] = []
         for index in range(self.batches.accumulation_steps):
             with self.phases("data"):
-                inputs = self._inputs(next(micro_batches))
+                batch = next(micro_batches)
+                inputs = self._inputs(batch)
             with self.phases("forward"):
                 terms = self.engine(*inputs)
             with self.phases("backward"):
-                self.engine.backward(terms["loss"] + terms["aux_loss"] + terms["balance_loss"])
+                total = terms["loss"] + terms["aux_loss"] + terms["balance_loss"]
+                self.engine.backward(poison_unless_finite(total))
+            losses.append((batch.sample_ids, total.detach()))
             sums += torch.stack(
                 [terms[k].detach().float() for k in ("loss", "aux_loss", "balance_loss")]
             )
@@ -117,9 +138,9 @@ class TrainEngine:
                     self.tables.publish_gradients()
                 self.engine.step()
         with self.phases("optimizer"):
-            grad_norm = float(self.engine.get_global_grad_norm())
+            decision = self.gate.take_decision()
             if self.tables is not None:
-                self.tables.finish_step(lrs["tables"], grad_norm)
+                self.tables.finish_step(lrs["tables"], decision)
             self.model.mark_stale()
         assert counts is not None
         packed = self.comm.all_reduce_(torch.cat([sums, counts.flatten()]))
@@ -132,12 +153,19 @@ class TrainEngine:
             loss=loss,
             aux_loss=aux,
             balance_loss=balance,
-            grad_norm=grad_norm,
+            decision=decision,
+            suspects={} if decision.apply else self._suspects(losses),
             lr=lrs["matrices"],
             lr_values=lrs["tables"] if self.tables is not None else None,
             expert_share=share.tolist() if share.numel() else [],
             memory=self.statistics.after_step(step),
         )
+
+    def _suspects(self, losses: list[tuple[tuple[int, ...], Tensor]]) -> dict[int, tuple[int, ...]]:
+        """Samples of micro-batches whose loss is not finite, by rank; a collective."""
+        mine = [ids for samples, loss in losses if not loss.isfinite() for ids in samples]
+        found = self.comm.gather_objects(tuple(mine))
+        return {rank: samples for rank, samples in enumerate(found) if samples}
 
     def _inputs(self, batch: MicroBatch) -> tuple[Tensor | None, ...]:
         tensors = (batch.tokens, batch.doc_starts, batch.positions)
@@ -155,7 +183,9 @@ class TrainEngine:
             group["lr"] = lrs[group["schedule"]]
         return lrs
 
-    def save(self, run_dir: Path, step: int, data_fingerprint: str) -> None:
+    def save(
+        self, run_dir: Path, step: int, data_fingerprint: str, skips: SkipRanges = NO_SKIPS
+    ) -> None:
         """Write a checkpoint after ``step`` optimizer steps and make it the latest."""
         tag = checkpoints.staging_tag(step)
         directory = checkpoints.checkpoints_dir(run_dir)
@@ -174,6 +204,8 @@ class TrainEngine:
                     partition=self.partition,
                     zero_stage=self.zero_stage,
                     config=to_dict(self.config),
+                    skipped_samples=[list(r) for r in skips.ranges],
+                    guard=self.guard.state(),
                 ),
                 self.config.train.keep_last,
             )
@@ -189,6 +221,8 @@ class TrainEngine:
         self.checkpoint.load(checkpoint)
         if state.world_size == self.ranks.world_size and _rng_file(checkpoint, self.ranks).exists():
             _load_rng(checkpoint, self.ranks)
+        self.guard.load_state(state.guard)
+        self.statistics.window.reset()
         self.model.mark_stale()
         return state
 

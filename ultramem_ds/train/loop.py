@@ -1,129 +1,31 @@
-"""The training run: check everything that can be checked, resume, step, validate, save.
-
-``prepare_run`` needs no model and no process group: bad input ends there. ``train`` is the loop.
-"""
+"""The training run: resume, step, validate, save."""
 
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from ultramem_ds.config.deepspeed import (
-    BatchPlan,
-    check_stage,
-    engine_config,
-    load_deepspeed_json,
-    plan_batches,
-    zero_stage,
-)
-from ultramem_ds.config.load import changed_keys, from_dict, to_dict
-from ultramem_ds.config.schema import Config
+from ultramem_ds.config.load import to_dict
 from ultramem_ds.data.loader import BatchLoader
-from ultramem_ds.data.manifest import load_manifest
 from ultramem_ds.data.mixture import Mixture
+from ultramem_ds.data.skips import Range, SkipRanges, format_ranges
 from ultramem_ds.data.tokenizers import load_tokenizer
 from ultramem_ds.sharding.comm import Comm
-from ultramem_ds.sharding.deepspeed_import import check_engine_config
-from ultramem_ds.sharding.experts import expert_parallel_size
 from ultramem_ds.sharding.runtime import Ranks, runtime
 from ultramem_ds.train import checkpoint as checkpoints
 from ultramem_ds.train.engine import StepResult, TrainEngine
 from ultramem_ds.train.evaluate import Reader, SubsetLoss, evaluate
+from ultramem_ds.train.faultlog import log_fault
+from ultramem_ds.train.guards import BadStep, TooManyBadStepsError
 from ultramem_ds.train.memory_use import peak_memory_bytes
 from ultramem_ds.train.metrics import MetricsWriter
 from ultramem_ds.train.phases import Phases
+from ultramem_ds.train.rollback import roll_back
+from ultramem_ds.train.run import Run, skips_of
 from ultramem_ds.utils.files import write_json
-
-# On resume these keys may differ; any other changed key is refused by name.
-RESUMABLE_KEYS = frozenset(
-    {
-        "memory.partition",
-        "memory.shard_group_size",
-        "train.micro_batch_size",
-        "train.save_every",
-        "train.stop_at_step",
-    }
-)
-
-
-@dataclass(frozen=True)
-class Run:
-    """A checked run, ready for its model.
-
-    Attributes:
-        config: resolved configuration.
-        data_dir: prepared data.
-        run_dir: where the run writes.
-        deepspeed_json: contents of the DeepSpeed JSON.
-        batches: how the global batch is cut up.
-        world_size: ranks.
-        resume_from: checkpoint to continue from, None for a fresh run.
-        vocab_size: entries of the tokenizer; the model's may be padded beyond.
-    """
-
-    config: Config
-    data_dir: Path
-    run_dir: Path
-    deepspeed_json: dict[str, Any]
-    batches: BatchPlan
-    world_size: int
-    resume_from: Path | None
-    vocab_size: int
-
-
-def prepare_run(
-    config: Config, data_dir: Path, run_dir: Path, deepspeed_file: Path | None, world_size: int
-) -> Run:
-    """Check configuration, data, tokenizer, DeepSpeed JSON and world size against each other.
-
-    Raises:
-        ValueError: for the first thing that does not fit, saying what to change.
-    """
-    deepspeed_json = load_deepspeed_json(deepspeed_file, config.model.kind)
-    check_stage(config.model.kind, zero_stage(deepspeed_json))
-    if config.model.kind == "moe":
-        expert_parallel_size(config, world_size)
-    batches = plan_batches(config, world_size)
-    check_engine_config(engine_config(deepspeed_json, config, batches))
-    load_manifest(data_dir)
-    tokenizer = load_tokenizer(data_dir)
-    if tokenizer.vocab_size > config.model.vocab_size:
-        raise ValueError(
-            f"the tokenizer of {data_dir} has {tokenizer.vocab_size} entries but "
-            f"model.vocab_size={config.model.vocab_size}; set model.vocab_size="
-            f"{-(-tokenizer.vocab_size // 128) * 128}"
-        )
-    resume_from = checkpoints.latest_checkpoint(run_dir)
-    if resume_from is not None:
-        _check_unchanged(resume_from, config)
-    return Run(
-        config,
-        data_dir,
-        run_dir,
-        deepspeed_json,
-        batches,
-        world_size,
-        resume_from,
-        tokenizer.vocab_size,
-    )
-
-
-def _check_unchanged(checkpoint: Path, config: Config) -> None:
-    old = from_dict(checkpoints.read_trainer_state(checkpoint).config)
-    changed = [key for key in changed_keys(old, config) if key not in RESUMABLE_KEYS]
-    if changed:
-        a, b = to_dict(old), to_dict(config)
-        key = changed[0]
-        section, _, name = key.partition(".")
-        before, after = (v[section][name] if name else v[section] for v in (a, b))
-        raise ValueError(
-            f"{checkpoint} was trained with {key}={before!r}, not {after!r}; resume with the old "
-            "value or use another --run-dir"
-        )
 
 
 def train(run: Run) -> dict[str, Any]:
@@ -157,11 +59,15 @@ def train(run: Run) -> dict[str, Any]:
                 print(f"{run.run_dir} is finished: step {done_step} of {last_step}", flush=True)
             return {"step": done_step}
         engine = TrainEngine(config, ranks, run.deepspeed_json, run.batches, Phases())
+        state = None
         if run.resume_from is not None:
-            engine.load(run.resume_from)
+            state = engine.load(run.resume_from)
             if ranks.is_main:
                 print(f"resuming {run.run_dir} from step {done_step}", flush=True)
-        return _Loop(run, ranks, engine, mixture, done_step, last_step).run_to_end()
+        skips = skips_of(run.skip_samples, state)
+        if skips.ranges and ranks.is_main:
+            print(f"jumping over samples {format_ranges(skips.ranges)}", flush=True)
+        return _Loop(run, ranks, engine, mixture, skips, done_step, last_step).run_to_end()
 
 
 def _prepare_run_dir(run: Run) -> None:
@@ -189,6 +95,7 @@ class _Loop:
         ranks: Ranks,
         engine: TrainEngine,
         mixture: Mixture,
+        skips: SkipRanges,
         done_step: int,
         last_step: int,
     ) -> None:
@@ -197,6 +104,8 @@ class _Loop:
         self.ranks = ranks
         self.engine = engine
         self.mixture = mixture
+        self.skips = skips
+        self.rollbacks = 0
         self.done_step = done_step
         self.last_step = last_step
         self.tokens_per_step = run.config.train.global_batch_size * run.config.model.seq_len
@@ -204,6 +113,17 @@ class _Loop:
         self.val_loss: float | None = None
 
     def run_to_end(self) -> dict[str, Any]:
+        while True:
+            try:
+                self._run_steps()
+                return self._summary()
+            except TooManyBadStepsError as stop:
+                self.rollbacks += 1
+                self.done_step, self.skips = roll_back(
+                    self.engine, self.run.run_dir, stop, self.rollbacks
+                )
+
+    def _run_steps(self) -> None:
         train = self.config.train
         writer = MetricsWriter(self.run.run_dir, self.done_step + 1) if self.ranks.is_main else None
         loader = BatchLoader(
@@ -217,6 +137,7 @@ class _Loop:
             prefetch=self.config.data.prefetch,
             document_mask=self.config.data.document_mask,
             reset_positions=self.config.data.reset_positions,
+            skips=self.skips,
         )
         try:
             micro_batches = iter(loader)
@@ -230,23 +151,40 @@ class _Loop:
             loader.close()
             if writer is not None:
                 writer.close()
-        return self._summary()
 
     def _after_step(self, step: int, result: StepResult, writer: MetricsWriter | None) -> None:
         train = self.config.train
         last = step == self.last_step
+        bad = self.engine.guard.review(step, result, self._samples(step))
         if writer is not None:
-            writer.write_step(self._record(step, result))
+            writer.write_step(self._record(step, result, bad))
+            if bad is not None:
+                log_fault(self.run.run_dir, "bad step", bad.describe(), **bad.to_dict())
             if step % train.log_every == 0 or last or step == self.done_step + 1:
                 print(self._console_line(step, result), flush=True)
+        self.engine.guard.check()
         if (train.eval_every and step % train.eval_every == 0) or step == train.max_steps:
             with self.engine.phases("validate"):
                 self._validate(step, writer)
         if (train.save_every and step % train.save_every == 0) or last:
             with self.engine.phases("save"):
-                self.engine.save(self.run.run_dir, step, self.mixture.fingerprint)
+                self.engine.save(self.run.run_dir, step, self.mixture.fingerprint, self.skips)
 
-    def _record(self, step: int, result: StepResult) -> dict[str, Any]:
+    def _samples(self, step: int) -> tuple[Range, ...]:
+        """Global samples of optimizer step ``step``, counted from 1."""
+        size = self.config.train.global_batch_size
+        return self.skips.samples((step - 1) * size, step * size)
+
+    def _shares(self, step: int) -> dict[str, float]:
+        """Realised share of each subset after ``step`` steps."""
+        total: dict[str, float] = dict.fromkeys(self.mixture.subsets, 0.0)
+        consumed = step * self.config.train.global_batch_size
+        for begin, end in self.skips.samples(0, consumed):
+            for name, share in self.mixture.proportions(begin, end).items():
+                total[name] += share * (end - begin) / consumed
+        return total
+
+    def _record(self, step: int, result: StepResult, bad: BadStep | None) -> dict[str, Any]:
         step_time_s = self.step_times_s[-1]
         record: dict[str, Any] = {
             "step": step,
@@ -260,10 +198,15 @@ class _Loop:
             record["aux_loss"] = result.aux_loss
         if result.expert_share:
             record |= {"balance_loss": result.balance_loss, "expert_share": result.expert_share}
-        shares = self.mixture.proportions(0, step * self.config.train.global_batch_size)
+        if self.engine.guard.bad_steps:
+            record["bad_steps"] = self.engine.guard.bad_steps
+        if result.clipped_to is not None:
+            record["grad_spike_clipped_to"] = result.clipped_to
+        if bad is not None:
+            record |= bad.to_dict()
         return record | {
             **result.memory,
-            **{f"data/{name}": share for name, share in shares.items()},
+            **{f"data/{name}": share for name, share in self._shares(step).items()},
             "tokens_per_s": self.tokens_per_step / step_time_s,
             "step_time_s": step_time_s,
         }

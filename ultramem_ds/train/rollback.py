@@ -1,0 +1,72 @@
+"""Going back to the last good checkpoint and around the data that came after it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from ultramem_ds.data.skips import SkipRanges, format_ranges
+from ultramem_ds.train import checkpoint as checkpoints
+from ultramem_ds.train.engine import TrainEngine
+from ultramem_ds.train.faultlog import log_fault
+from ultramem_ds.train.guards import TooManyBadStepsError
+
+MAX_ROLLBACKS = 3  # of one process; what fails more often is not the data's fault
+
+
+def roll_back(
+    engine: TrainEngine, run_dir: Path, stop: TooManyBadStepsError, attempt: int
+) -> tuple[int, SkipRanges]:
+    """Reload the newest checkpoint from before the bad steps; all ranks together.
+
+    Args:
+        engine: of the run, wherever it is.
+        run_dir: the run directory.
+        stop: why.
+        attempt: how often this process has been here, this time included.
+
+    Returns:
+        The optimizer steps that the checkpoint has taken, and what to jump over from there on: what
+        it jumped over and the samples of the bad steps.
+
+    Raises:
+        TooManyBadStepsError: ``stop`` itself, if ``train.rollback`` is off, there is no such
+            checkpoint, or this has been tried often enough.
+    """
+    target = _good_checkpoint(run_dir, before=stop.steps[0].step)
+    if not engine.config.train.rollback or target is None or attempt > MAX_ROLLBACKS:
+        if engine.ranks.is_main:
+            kind, text = "stopped", "training stops after bad steps"
+            if engine.config.train.rollback:
+                text += (
+                    ": no checkpoint from before them"
+                    if target is None
+                    else f": {MAX_ROLLBACKS} rollbacks did not help"
+                )
+            log_fault(run_dir, kind, text, steps=[bad.to_dict() for bad in stop.steps])
+        raise stop
+    engine.comm.barrier()  # rank 0 has closed the metrics
+    state = engine.load(target)
+    engine.guard.recent = []
+    bad = [piece for step in stop.steps for piece in step.samples]
+    skips = SkipRanges.of([*state.skipped_samples, *bad])
+    if engine.ranks.is_main:
+        log_fault(
+            run_dir,
+            "rollback",
+            f"rolling back to {target.name} after {len(stop.steps)} bad steps; jumping over "
+            f"samples {format_ranges(SkipRanges.of(bad).ranges)}",
+            to_step=state.step,
+            skipped_samples=[list(r) for r in bad],
+        )
+    return state.step, skips
+
+
+def _good_checkpoint(run_dir: Path, before: int) -> Path | None:
+    """The newest complete checkpoint of fewer than ``before`` steps."""
+    found = [
+        path
+        for path in checkpoints.checkpoints_dir(run_dir).glob("step-*")
+        if (path / checkpoints.TRAINER).exists()
+        and checkpoints.read_trainer_state(path).step < before
+    ]
+    return max(found, default=None, key=lambda path: path.name)

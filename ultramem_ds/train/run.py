@@ -1,0 +1,136 @@
+"""A run before it has a model: everything that can be checked is, against everything else.
+
+``prepare_run`` needs no model and no process group: bad input ends there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ultramem_ds.config.deepspeed import (
+    BatchPlan,
+    check_stage,
+    engine_config,
+    load_deepspeed_json,
+    plan_batches,
+    zero_stage,
+)
+from ultramem_ds.config.load import changed_keys, from_dict, to_dict
+from ultramem_ds.config.schema import Config
+from ultramem_ds.data.manifest import load_manifest
+from ultramem_ds.data.skips import Range, SkipRanges
+from ultramem_ds.data.tokenizers import load_tokenizer
+from ultramem_ds.sharding.deepspeed_import import check_engine_config
+from ultramem_ds.sharding.experts import expert_parallel_size
+from ultramem_ds.train import checkpoint as checkpoints
+
+# On resume these keys may differ; any other changed key is refused by name.
+RESUMABLE_KEYS = frozenset(
+    {
+        "memory.partition",
+        "memory.shard_group_size",
+        "train.micro_batch_size",
+        "train.save_every",
+        "train.stop_at_step",
+    }
+)
+
+
+@dataclass(frozen=True)
+class Run:
+    """A checked run, ready for its model.
+
+    Attributes:
+        config: resolved configuration.
+        data_dir: prepared data.
+        run_dir: where the run writes.
+        deepspeed_json: contents of the DeepSpeed JSON.
+        batches: how the global batch is cut up.
+        world_size: ranks.
+        resume_from: checkpoint to continue from, None for a fresh run.
+        vocab_size: entries of the tokenizer; the model's may be padded beyond.
+        skip_samples: ranges of global samples to jump over, beside those of the checkpoint.
+    """
+
+    config: Config
+    data_dir: Path
+    run_dir: Path
+    deepspeed_json: dict[str, Any]
+    batches: BatchPlan
+    world_size: int
+    resume_from: Path | None
+    vocab_size: int
+    skip_samples: tuple[Range, ...] = ()
+
+
+def prepare_run(
+    config: Config,
+    data_dir: Path,
+    run_dir: Path,
+    deepspeed_file: Path | None,
+    world_size: int,
+    skip_samples: Sequence[Range] = (),
+) -> Run:
+    """Check configuration, data, tokenizer, DeepSpeed JSON and world size against each other.
+
+    Raises:
+        ValueError: for the first thing that does not fit, saying what to change.
+    """
+    deepspeed_json = load_deepspeed_json(deepspeed_file, config.model.kind)
+    check_stage(config.model.kind, zero_stage(deepspeed_json))
+    if config.model.kind == "moe":
+        expert_parallel_size(config, world_size)
+    batches = plan_batches(config, world_size)
+    check_engine_config(engine_config(deepspeed_json, config, batches))
+    load_manifest(data_dir)
+    tokenizer = load_tokenizer(data_dir)
+    if tokenizer.vocab_size > config.model.vocab_size:
+        raise ValueError(
+            f"the tokenizer of {data_dir} has {tokenizer.vocab_size} entries but "
+            f"model.vocab_size={config.model.vocab_size}; set model.vocab_size="
+            f"{-(-tokenizer.vocab_size // 128) * 128}"
+        )
+    resume_from = checkpoints.latest_checkpoint(run_dir)
+    if resume_from is not None:
+        _check_unchanged(resume_from, config)
+        skips_of(skip_samples, checkpoints.read_trainer_state(resume_from))
+    return Run(
+        config,
+        data_dir,
+        run_dir,
+        deepspeed_json,
+        batches,
+        world_size,
+        resume_from,
+        tokenizer.vocab_size,
+        tuple(skip_samples),
+    )
+
+
+def skips_of(asked: Sequence[Range], state: checkpoints.TrainerState | None) -> SkipRanges:
+    """What a run jumps over: ``--skip-samples`` and what its checkpoint jumped over.
+
+    Raises:
+        ValueError: a range that is asked for has partly been trained on.
+    """
+    if state is None:
+        return SkipRanges.of(asked)
+    recorded = SkipRanges.of(state.skipped_samples)
+    return recorded.extended(asked, state.consumed_samples)
+
+
+def _check_unchanged(checkpoint: Path, config: Config) -> None:
+    old = from_dict(checkpoints.read_trainer_state(checkpoint).config)
+    changed = [key for key in changed_keys(old, config) if key not in RESUMABLE_KEYS]
+    if changed:
+        a, b = to_dict(old), to_dict(config)
+        key = changed[0]
+        section, _, name = key.partition(".")
+        before, after = (v[section][name] if name else v[section] for v in (a, b))
+        raise ValueError(
+            f"{checkpoint} was trained with {key}={before!r}, not {after!r}; resume with the old "
+            "value or use another --run-dir"
+        )
