@@ -19,6 +19,7 @@ from tests.dist.series_worker import loader_of
 from tests.dist.state_worker import engine_of
 from ultramem_ds.config.deepspeed import CONFIG_DIR
 from ultramem_ds.config.load import load_config
+from ultramem_ds.sharding.gate import Decision
 from ultramem_ds.sharding.runtime import Ranks
 from ultramem_ds.testing.distributed import run_ranks
 from ultramem_ds.train.engine import StepResult, TrainEngine
@@ -58,12 +59,19 @@ JOBS: dict[str, tuple[str, str, list[str]]] = {
 
 
 def state_of(engine: TrainEngine) -> list[Tensor]:
-    """Masters, moments, update counts and working copies on this rank, copied."""
+    """Masters, moments, update counts and working copies on this rank, copied.
+
+    Without tables that catch up: their rows are brought up to date by being read, bad step or not.
+    """
+    own = engine.checkpoint.own
+    if engine.config.memory.table_optimizer == "row-sparse-catch-up":
+        own = {}
     found = [
         param.ds_tensor if hasattr(param, "ds_tensor") else param.detach()
         for param in engine.model.parameters()
+        if param.requires_grad or own
     ]
-    for state in (engine.checkpoint.zero, *engine.checkpoint.own.values()):
+    for state in (engine.checkpoint.zero, *own.values()):
         for index in range(state.num_buffers):
             with state.open_buffer(index) as flats:
                 found += [flat.clone() for flat in flats.values()]
@@ -88,10 +96,10 @@ def poison(engine: TrainEngine, what: str) -> Any:
     return engine.model.register_forward_hook(hook)
 
 
-def run_job(rank: int, world_size: int, job: str, data: Path, what: str, extra: list[str]) -> Any:
+def run_job(rank: int, world_size: int, job: str, data: Path, what: str) -> Any:
     """Series of a run with a bad step and of one without; whether the bad step changed anything."""
     preset, file, overrides = JOBS[job]
-    config = load_config(preset, [*SMALL, *overrides, *extra])
+    config = load_config(preset, [*SMALL, *overrides])
     ranks = Ranks(rank, world_size, rank, torch.device("cpu"))
     path = CONFIG_DIR / f"{file}.json" if file else None
     series: dict[bool, list[StepResult]] = {}
@@ -127,7 +135,7 @@ def run_job(rank: int, world_size: int, job: str, data: Path, what: str, extra: 
 
 def run_jobs(rank: int, world_size: int, data: Path, jobs: list[tuple[str, str]]) -> Any:
     """Body for ``run_ranks``: all jobs, one process start."""
-    return [run_job(rank, world_size, job, data, what, []) for job, what in jobs]
+    return [run_job(rank, world_size, job, data, what) for job, what in jobs]
 
 
 def test_not_finite_on_one_rank(prepared: Path) -> None:
@@ -150,3 +158,50 @@ def test_not_finite_on_one_rank(prepared: Path) -> None:
             else:
                 assert with_it == without, where
             assert all(math.isfinite(x) for pair in with_it for x in pair), where
+
+
+LIMIT = 0.2  # below the norm of a gradient here, and below optim.clip_grad
+
+
+def run_spikes(rank: int, world_size: int, data: Path, jobs: list[str]) -> Any:
+    """Body: per job what a spike does under skip, and under clip beside clipping to the limit."""
+    found = []
+    for job in jobs:
+        preset, _, overrides = JOBS[job]
+        outcome: dict[str, Any] = {}
+        for option in ("skip", "clip", "oracle"):
+            spike = [] if option == "oracle" else [f"train.grad_spike={option}"]
+            config = load_config(preset, [*SMALL, *overrides, *spike])
+            engine = engine_of(config, Ranks(rank, world_size, rank, torch.device("cpu")))
+            batches = iter(loader_of(config, data, engine.ranks))
+            engine.train_step(batches, 0)
+            before = state_of(engine)
+            handle = poison(engine, "spike") if option != "oracle" else None
+            if option == "oracle":
+                engine.gate._judge = lambda norm: Decision(norm, True, LIMIT)
+            else:  # a constant history: the spread is 5% of it, times 6 sigma
+                engine.guard.load_state({"norms": [LIMIT / 1.3] * 20})
+            result = engine.train_step(batches, 1)
+            if handle is not None:
+                handle.remove()
+            outcome[option] = result
+            outcome[f"{option} state"] = torch.cat([t.flatten().float() for t in state_of(engine)])
+            outcome["before"] = torch.cat([t.flatten().float() for t in before])
+            engine.engine.destroy()
+        found.append(outcome)
+    return found
+
+
+def test_spike_is_skipped_or_clipped(prepared: Path) -> None:
+    jobs = ["dense ZeRO-1 bf16", "moe ZeRO-2", "ultramem row-sparse"]
+    for found in run_ranks(run_spikes, 2, prepared, jobs, timeout_s=120):
+        for job, outcome in zip(jobs, found):
+            skipped, clipped = outcome["skip"].decision, outcome["clip"].decision
+            assert not skipped.apply and skipped.spike and skipped.grad_norm > 1e3, job
+            assert torch.equal(outcome["skip state"], outcome["before"]), job
+            assert clipped.apply and clipped.spike, job
+            assert clipped.clip_grad == pytest.approx(LIMIT), job
+            # A million times the gradient, clipped: rounded differently, in bf16 activations too.
+            difference = outcome["clip state"] - outcome["oracle state"]
+            moved = outcome["oracle state"] - outcome["before"]
+            assert difference.norm() < 0.02 * moved.norm(), job

@@ -24,6 +24,17 @@ Category: TypeAlias = Literal["counts", "ids", "scores", "rows", "pooled", "grad
 Direction: TypeAlias = Literal["forward", "backward"]
 
 
+# What gloo, its sockets and NCCL say when the process at the other end is gone.
+_LOST = ("closed by peer", "reset by peer", "Broken pipe", "remote process", "Connection refused")
+
+
+def is_lost_connection(error: BaseException) -> bool:
+    """Whether a collective failed because another rank is gone, not by this rank's fault."""
+    if not isinstance(error, RuntimeError | ConnectionError):
+        return False
+    return isinstance(error, dist.DistError) or any(part in str(error) for part in _LOST)
+
+
 def split_ranks(
     shard_group_size: int = 0, group: dist.ProcessGroup | None = None
 ) -> tuple[Comm, Comm]:

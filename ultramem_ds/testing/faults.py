@@ -1,6 +1,6 @@
-"""The normal command line with faults thrown in: run instead of ``ultramem_ds``, for tests.
+r"""The normal command line with faults thrown in: run instead of ``ultramem_ds``, for tests.
 
-    ULTRAMEM_FAULTS="nan@3:1 kill@5:0:save" \\
+    ULTRAMEM_FAULTS="nan@3:1 kill@5:0:save" \
         deepspeed --no_local_rank --module ultramem_ds.testing.faults train ...
 
 Each fault is ``WHAT@STEP:RANK[:PHASE]``: on that rank, when optimizer step STEP (counted from 1)
@@ -157,8 +157,8 @@ def install(injector: Injector) -> None:
 
         engine.model.register_forward_hook(hook)
 
-    Phases._switch = switching  # type: ignore[method-assign]
-    TrainEngine.__init__ = building  # type: ignore[method-assign]
+    Phases._switch = switching  # type: ignore[method-assign, assignment]
+    TrainEngine.__init__ = building  # type: ignore[method-assign, assignment]
 
 
 def main() -> int:

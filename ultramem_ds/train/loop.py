@@ -24,7 +24,9 @@ from ultramem_ds.train.memory_use import peak_memory_bytes
 from ultramem_ds.train.metrics import MetricsWriter
 from ultramem_ds.train.phases import Phases
 from ultramem_ds.train.rollback import roll_back
+from ultramem_ds.train.roster import Roster
 from ultramem_ds.train.run import Run, skips_of
+from ultramem_ds.train.watchdog import Watchdog
 from ultramem_ds.utils.files import write_json
 
 
@@ -35,39 +37,47 @@ def train(run: Run) -> dict[str, Any]:
         ``{step, val_loss, tokens_per_s, peak_memory_bytes, ...}``, the same on every rank.
     """
     config = run.config
+    phases = Phases()
+    with runtime() as ranks:
+        with Comm().raising_together(OSError):
+            if ranks.is_main:
+                _prepare_run_dir(run)
+        with Watchdog(run.run_dir, ranks, phases, config.train.watchdog_s):
+            return _train(run, ranks, phases)
+
+
+def _train(run: Run, ranks: Ranks, phases: Phases) -> dict[str, Any]:
+    """What every rank does, from an empty process group to the summary."""
+    config = run.config
     done_step = 0
     if run.resume_from is not None:
         done_step = checkpoints.read_trainer_state(run.resume_from).step
     last_step = config.train.max_steps
     if config.train.stop_at_step:
         last_step = min(last_step, config.train.stop_at_step)
-    with runtime() as ranks:
+    mixture = Mixture(
+        run.data_dir,
+        "train",
+        seq_len=config.model.seq_len,
+        weights=config.data.weights,
+        seed=config.train.seed,
+    )
+    if run.resume_from is not None:
+        _check_data(run.resume_from, mixture)
+    if done_step >= last_step:
         if ranks.is_main:
-            _prepare_run_dir(run)
-        Comm().barrier()
-        mixture = Mixture(
-            run.data_dir,
-            "train",
-            seq_len=config.model.seq_len,
-            weights=config.data.weights,
-            seed=config.train.seed,
-        )
-        if run.resume_from is not None:
-            _check_data(run.resume_from, mixture)
-        if done_step >= last_step:
-            if ranks.is_main:
-                print(f"{run.run_dir} is finished: step {done_step} of {last_step}", flush=True)
-            return {"step": done_step}
-        engine = TrainEngine(config, ranks, run.deepspeed_json, run.batches, Phases())
-        state = None
-        if run.resume_from is not None:
-            state = engine.load(run.resume_from)
-            if ranks.is_main:
-                print(f"resuming {run.run_dir} from step {done_step}", flush=True)
-        skips = skips_of(run.skip_samples, state)
-        if skips.ranges and ranks.is_main:
-            print(f"jumping over samples {format_ranges(skips.ranges)}", flush=True)
-        return _Loop(run, ranks, engine, mixture, skips, done_step, last_step).run_to_end()
+            print(f"{run.run_dir} is finished: step {done_step} of {last_step}", flush=True)
+        return {"step": done_step}
+    engine = TrainEngine(config, ranks, run.deepspeed_json, run.batches, phases)
+    state = None
+    if run.resume_from is not None:
+        state = engine.load(run.resume_from)
+        if ranks.is_main:
+            print(f"resuming {run.run_dir} from step {done_step}", flush=True)
+    skips = skips_of(run.skip_samples, state)
+    if skips.ranges and ranks.is_main:
+        print(f"jumping over samples {format_ranges(skips.ranges)}", flush=True)
+    return _Loop(run, ranks, engine, mixture, skips, done_step, last_step).run_to_end()
 
 
 def _prepare_run_dir(run: Run) -> None:
@@ -75,6 +85,7 @@ def _prepare_run_dir(run: Run) -> None:
     write_json(run.run_dir / "config.json", to_dict(run.config))
     write_json(run.run_dir / "deepspeed.json", run.deepspeed_json)
     load_tokenizer(run.data_dir).save(run.run_dir)
+    Roster.reset(run.run_dir)
 
 
 def _check_data(checkpoint: Path, mixture: Mixture) -> None:

@@ -1,0 +1,242 @@
+"""One rank's end is every rank's end, soon and with a reason: failures, deaths, hangs, orphans.
+
+A :class:`Watchdog` is the frame of a training run on each rank:
+
+- *Failure.* An exception leaves the frame: the first rank to fail says who, where and why, in the
+  log and in ``RUN/ranks/alarm.json``; every rank's thread sees that file and ends its process. A
+  rank that lost its peers (one was killed) looks for the dead one and names it.
+- *Hang.* A rank whose phase has not changed for ``train.watchdog_s`` raises the alarm; every rank
+  writes its phase and Python stacks, the first one prints a table of all, and the job ends.
+- *Orphans.* A rank whose launcher is gone ends itself.
+
+Nothing here is a collective, and nothing needs the main thread. ``os._exit`` is the only way out of
+a process whose main thread waits in a collective; loader workers are killed before.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import faulthandler
+import os
+import signal
+import sys
+import threading
+import time
+import traceback
+from pathlib import Path
+from types import TracebackType
+
+import psutil
+
+from ultramem_ds.sharding.comm import is_lost_connection
+from ultramem_ds.sharding.runtime import Ranks
+from ultramem_ds.train.faultlog import log_fault
+from ultramem_ds.train.phases import Phases
+from ultramem_ds.train.roster import Presence, Roster
+from ultramem_ds.utils.processes import is_alive, kill_children, launchers_above, wait_until
+
+EXIT_FAILED = 1  # an unexpected error, or a rank that died
+EXIT_REFUSED = 2  # an expected one: bad input, too many bad steps, ranks that differ
+EXIT_HANG = 3
+EXIT_ORPHANED = 4
+
+POLL_S = 1.0  # between two looks at launcher and alarm
+SIGN_S = 5.0  # between two signatures in the roster
+GRACE_S = 5.0  # for other ranks to write their stacks
+# Beyond train.watchdog_s: what is slow without being stuck.
+START_S = 1800.0  # building or loading model and kernels, before the first step
+FIRST_STEP_S = 600.0  # autotuning, allocation, the loader's first batches
+LONG_PHASE_S = {"validate": 1800.0, "save": 1800.0}
+
+
+def allowed_s(watchdog_s: float, phase: str, step: int, first_step: int) -> float:
+    """Seconds that a rank may stay in ``phase`` of ``step``, which is 0 before ``first_step``."""
+    extra = LONG_PHASE_S.get(phase, 0.0)
+    if step == 0:
+        extra = max(extra, START_S)
+    elif step == first_step:
+        extra = max(extra, FIRST_STEP_S)
+    return watchdog_s + extra
+
+
+class Watchdog:
+    """Context manager around what a rank does from joining the job on.
+
+    Args:
+        run_dir: the run directory, its roster reset.
+        ranks: where this process stands.
+        phases: what it is doing.
+        watchdog_s: ``train.watchdog_s``.
+    """
+
+    def __init__(self, run_dir: Path, ranks: Ranks, phases: Phases, watchdog_s: float) -> None:
+        self._run_dir = run_dir
+        self._ranks = ranks
+        self._phases = phases
+        self._watchdog_s = watchdog_s
+        self._roster = Roster(run_dir, ranks.rank, phases)
+        self._launchers = launchers_above()
+        self._first_step = 0
+        self._suspended_s = 0.0
+        self._since = phases.since
+        self._ended = threading.Event()
+        self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
+
+    def __enter__(self) -> Watchdog:
+        faulthandler.enable()
+        # At C level: works while the main thread holds the interpreter.
+        self._stacks = open(self._roster.stack_file, "w")
+        faulthandler.register(signal.SIGUSR2, file=self._stacks, all_threads=True)
+        self._roster.sign()
+        self._thread.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        _: TracebackType | None,
+    ) -> None:
+        if error is not None and not isinstance(error, SystemExit):
+            self._fail(error)
+        self._ended.set()
+        self._thread.join()
+        faulthandler.unregister(signal.SIGUSR2)
+        self._stacks.close()
+
+    # --- failures, in the main thread
+
+    def _fail(self, error: BaseException) -> None:
+        """Report, and end this process unless it is the only one."""
+        expected = isinstance(error, ValueError | OSError | KeyboardInterrupt)
+        here = self._roster.here()
+        reason = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
+        text = f"rank {here.rank} failed at {here.where()}: {reason}"
+        if is_lost_connection(error):
+            expected = True
+            lost = f"rank {here.rank} lost its peers at {here.where()}"
+            # Who failed says so itself; who was killed cannot.
+            if wait_until(self._something_is_wrong, GRACE_S):
+                text = "; ".join([*(f"{_described(p)} died" for p in self._dead()), lost])
+            else:
+                text = f"{lost} ({reason.splitlines()[0]})"
+        if not expected:
+            text += "\n" + "".join(traceback.format_exception(error)).rstrip()
+        first = self._roster.raise_alarm("failure", text)
+        if self._ranks.world_size == 1:
+            details = {"rank": here.rank, "step": here.step, "phase": here.phase}
+            log_fault(self._run_dir, "failure", text if not expected else "", **details)
+            return
+        self._end(
+            "failure",
+            f"error: {text}" if first else "",
+            EXIT_REFUSED if isinstance(error, ValueError | OSError) else EXIT_FAILED,
+        )
+
+    def _something_is_wrong(self) -> bool:
+        return self._roster.alarm() is not None or bool(self._dead())
+
+    def _dead(self) -> list[Presence]:
+        return [other for other in self._roster.others() if other.state() == "dead"]
+
+    # --- everything else, in the thread
+
+    def _watch(self) -> None:
+        poll_s = min(POLL_S, self._watchdog_s / 4 or POLL_S)
+        signed = looked = time.monotonic()
+        while not self._ended.wait(poll_s):
+            now = time.monotonic()
+            if now - looked > GRACE_S + poll_s:  # the whole process was stopped meanwhile
+                self._suspended_s += now - looked
+            looked = now
+            if not all(is_alive(launcher) for launcher in self._launchers):
+                text = f"rank {self._ranks.rank} ends: its launcher is gone"
+                first = self._roster.raise_alarm("orphaned", text)
+                self._end("orphaned", text if first else "", EXIT_ORPHANED)
+            alarm = self._roster.alarm()
+            if alarm is not None:
+                self._follow(alarm.kind)
+            if now - signed > SIGN_S:
+                self._roster.sign()
+                signed = now
+            self._look_for_hang(now)
+
+    def _follow(self, kind: str) -> None:
+        """Another rank has raised the alarm."""
+        if kind == "hang":
+            self._dump()
+            self._ended.wait(GRACE_S + 3 * POLL_S)  # who raised it shall print, and end first
+            self._end(kind, "", EXIT_HANG)
+        # A failing main thread says why by itself; one that waits for a peer cannot.
+        self._ended.wait(GRACE_S)
+        self._end(kind, "", EXIT_ORPHANED if kind == "orphaned" else EXIT_FAILED)
+
+    def _look_for_hang(self, now: float) -> None:
+        phases = self._phases
+        if phases.since != self._since:
+            self._since, self._suspended_s = phases.since, 0.0
+        self._first_step = self._first_step or phases.step
+        limit_s = allowed_s(self._watchdog_s, phases.current, phases.step, self._first_step)
+        stuck_s = now - self._since - self._suspended_s
+        if not self._watchdog_s or stuck_s <= limit_s:
+            return
+        text = (
+            f"watchdog: rank {self._ranks.rank} has been at {self._roster.here().where()} for "
+            f"{stuck_s:.0f} s (train.watchdog_s={self._watchdog_s:g}, {limit_s:g} s for this phase)"
+        )
+        if not self._roster.raise_alarm("hang", text):
+            self._follow("hang")
+        self._dump()
+        others = self._roster.others()
+        wait_until(lambda: all(self._answered(other) for other in others), GRACE_S)
+        lines = [text, f"  {_described(self._roster.here())}: raised the alarm"]
+        for other in others:
+            answered = self._answered(other)
+            if not answered:  # holds the interpreter, or is stopped
+                process = other.process()
+                if process is not None:
+                    with contextlib.suppress(psutil.Error):
+                        process.send_signal(signal.SIGUSR2)
+            state = "" if answered else f", no answer ({other.state()})"
+            lines.append(f"  {_described(other)} when last seen{state}")
+        time.sleep(POLL_S)
+        for rank in range(self._ranks.world_size):
+            path = self._roster.stack_file.with_name(f"stack-{rank:05d}.txt")
+            stack = path.read_text().strip() if path.exists() else ""
+            lines.append(f"Python stacks of rank {rank}:\n{stack or '(none)'}")
+        for other in others:
+            process = None if self._answered(other) else other.process()
+            if process is not None:
+                with contextlib.suppress(psutil.Error):
+                    process.kill()
+                lines.append(f"killed rank {other.rank}, which did not answer")
+        self._end("hang", "\n".join(lines), EXIT_HANG)
+
+    def _answered(self, other: Presence) -> bool:
+        path = self._roster.stack_file.with_name(f"stack-{other.rank:05d}.txt")
+        return path.exists() and path.stat().st_size > 0
+
+    def _dump(self) -> None:
+        self._roster.sign()
+        here = self._roster.here()
+        self._stacks.write(f"{_described(here)}, for {here.seconds:.0f} s\n")
+        self._stacks.flush()
+        faulthandler.dump_traceback(self._stacks, all_threads=True)
+
+    def _end(self, kind: str, text: str, code: int) -> None:
+        """Say why, once per job, and leave without waiting for anything."""
+        here = self._roster.here()
+        if text:
+            with contextlib.suppress(OSError, ValueError):  # the log may be gone with the launcher
+                log_fault(
+                    self._run_dir, kind, text, rank=here.rank, step=here.step, phase=here.phase
+                )
+        kill_children()
+        with contextlib.suppress(OSError, ValueError):
+            sys.stdout.flush()
+            sys.stderr.flush()
+        os._exit(code)
+
+
+def _described(presence: Presence) -> str:
+    return f"rank {presence.rank} (pid {presence.pid} on {presence.host}) at {presence.where()}"
