@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -19,7 +21,7 @@ def test_nvme_without_libaio_is_one_clear_message(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(AsyncIOBuilder, "is_compatible", lambda self, verbose=False: False)
     config = load_deepspeed_json(CONFIG_DIR / "ultramem_zero3_nvme_offload.json", "ultramem")
     with pytest.raises(ValueError, match="libaio-dev.*cpu_offload.json"):
-        offload.prepare_offload(config)
+        offload.prepare_offload(config, rank=0)
 
 
 def test_stale_build_lock_is_removed(tmp_path: Path) -> None:
@@ -46,3 +48,25 @@ def test_fresh_build_lock_is_waited_for(tmp_path: Path, monkeypatch: pytest.Monk
     monkeypatch.setattr(offload.time, "sleep", finish_after_two)
     offload.remove_stale_lock(tmp_path)
     assert len(waits) == 2
+
+
+def test_swap_directory_is_for_one_run(tmp_path: Path) -> None:
+    """Another process is told so; this one may claim it again, and another rank's part."""
+    offload.claim_swap_directory(tmp_path, rank=0)
+    offload.claim_swap_directory(tmp_path, rank=0)
+    code = (
+        "import sys; from pathlib import Path; from ultramem_ds.sharding import offload\n"
+        "offload.claim_swap_directory(Path(sys.argv[1]), rank=1)\n"
+        "offload.claim_swap_directory(Path(sys.argv[1]), rank=0)"
+    )
+    other = subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True
+    )
+    assert f"nvme_path={tmp_path} is in use by another run" in other.stderr
+
+
+def test_swap_directory_must_be_usable(tmp_path: Path) -> None:
+    """A file in its place: named, with what to do."""
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ValueError, match="nvme_path=.*file cannot be used.*writable directory"):
+        offload.claim_swap_directory(tmp_path / "file", rank=0)

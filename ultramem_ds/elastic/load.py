@@ -12,7 +12,7 @@ import contextlib
 import sys
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 
@@ -28,17 +28,9 @@ from ultramem_ds.elastic.record import (
 from ultramem_ds.model.lm import LanguageModel
 from ultramem_ds.sharding.blocks import Piece
 from ultramem_ds.sharding.comm import Comm
-from ultramem_ds.sharding.optimizer_state import OptimizerState
+from ultramem_ds.sharding.optimizer_state import OptimizerState, OwnState
 
 ZERO = "zero"  # the store that DeepSpeed writes
-
-
-class OwnState(OptimizerState, Protocol):
-    """Optimizer state that DeepSpeed does not save."""
-
-    def write(self, path: Path) -> None:
-        """Save this rank's buffers: ``{"flats": {kind: [...]}, "step": int}``."""
-        ...
 
 
 class EngineCheckpoint:
@@ -119,7 +111,8 @@ class EngineCheckpoint:
         if reader.layout.world_size != self.comm.world_size:
             return False
         saved = reader.stores[self.comm.rank][ZERO]
-        return saved.optimizer == self._optimizer and saved.pieces == self.zero.pieces()
+        pieces = self.zero.pieces()  # none if its state is in files of our own
+        return bool(pieces) and saved.optimizer == self._optimizer and saved.pieces == pieces
 
     @property
     def _optimizer(self) -> str:

@@ -113,7 +113,7 @@ class CheckpointReader:
 
     def step(self) -> int:
         """Optimizer updates taken."""
-        first = next(iter(self.stores[0].values()))
+        first = next(store for store in self.stores[0].values() if store.pieces)
         return self._open(first.file).step
 
     @property

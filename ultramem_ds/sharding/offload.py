@@ -9,6 +9,7 @@ changed for long is removed.
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import os
 import sys
 import time
@@ -22,8 +23,10 @@ from ultramem_ds.config.deepspeed import offload_device
 BUILD_TIMEOUT_S = 1800.0
 STALE_AFTER_S = 300.0  # longer than one source file takes to compile
 
+_claimed: dict[Path, int] = {}  # swap directories of this process, with the lock's descriptor
 
-def prepare_offload(engine_config: dict[str, Any]) -> None:
+
+def prepare_offload(engine_config: dict[str, Any], rank: int) -> None:
     """Make ready what the config's offload devices need; nothing without offload.
 
     Raises:
@@ -39,14 +42,57 @@ def prepare_offload(engine_config: dict[str, Any]) -> None:
             usable = AsyncIOBuilder().is_compatible(verbose=False)
         if not usable:
             raise ValueError(
-                "offload to NVMe needs libaio: install it with its headers (Debian and Ubuntu: "
-                "libaio-dev) or use ds_configs/ultramem_zero3_cpu_offload.json"
+                "offload to NVMe needs libaio and a C compiler: install it with headers (Debian "
+                "and Ubuntu: libaio-dev) or use ds_configs/ultramem_zero3_cpu_offload.json"
             )
-        _build(AsyncIOBuilder())
-    _build(CPUAdamBuilder())
+        claim_swap_directory(nvme_directory(engine_config), rank)
+        build_op(AsyncIOBuilder())
+    build_op(CPUAdamBuilder())
 
 
-def _build(builder: Any) -> None:
+def nvme_directory(engine_config: dict[str, Any]) -> Path:
+    """Where the optimizer state is swapped to."""
+    path = engine_config["zero_optimization"].get("offload_optimizer", {}).get("nvme_path")
+    if not path:
+        raise ValueError(
+            "the DeepSpeed JSON offloads to NVMe without a path: set "
+            "zero_optimization.offload_optimizer.nvme_path to a directory of a local disk"
+        )
+    return Path(path)
+
+
+def claim_swap_directory(directory: Path, rank: int) -> None:
+    """Keep this rank's part of a swap directory to this process, to its end.
+
+    DeepSpeed names the files by rank alone: two runs in one directory would overwrite each other's.
+
+    Raises:
+        ValueError: another run uses it, or its file system cannot do what libaio needs.
+    """
+    what = f"zero_optimization.offload_optimizer.nvme_path={directory}"
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        path = directory / f"rank{rank}.lock"
+        if path not in _claimed:
+            # Direct I/O, past the page cache, is how libaio writes.
+            descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_DIRECT, 0o666)
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            _claimed[path] = descriptor
+    except BlockingIOError:
+        raise ValueError(f"{what} is in use by another run; give each run its own") from None
+    except OSError as error:
+        raise ValueError(
+            f"{what} cannot be used ({error.strerror}): it must be a writable directory of a disk "
+            "with direct I/O, not of a memory file system"
+        ) from None
+
+
+def build_op(builder: Any) -> None:
+    """Compile one of DeepSpeed's ops, or wait for the process that does.
+
+    Raises:
+        ValueError: it cannot be built here.
+    """
     from torch.utils import cpp_extension
 
     directory = Path(cpp_extension._get_build_directory(builder.name, False))

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any, Protocol
 
 import torch
@@ -47,6 +48,14 @@ class OptimizerState(Protocol):
 
     def publish(self) -> None:
         """Copy the masters into the parameters that the model computes with; a collective."""
+        ...
+
+
+class OwnState(OptimizerState, Protocol):
+    """Optimizer state that DeepSpeed does not save."""
+
+    def write(self, path: Path) -> None:
+        """Save this rank's buffers: ``{"flats": {kind: [...]}, "step": int}``."""
         ...
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ultramem_ds.config.deepspeed import zero_stage
+from ultramem_ds.config.deepspeed import offload_device, zero_stage
 from ultramem_ds.config.schema import Config
 from ultramem_ds.model.init import fill_block, init_parameter
 from ultramem_ds.model.lm import LanguageModel
@@ -22,8 +22,9 @@ from ultramem_ds.sharding.deepspeed_import import deepspeed
 from ultramem_ds.sharding.experts import ExpertParallelMLP, canonical_name, expert_parallel_size
 from ultramem_ds.sharding.groups import TableGroups, make_groups
 from ultramem_ds.sharding.lookup import build_lookup
+from ultramem_ds.sharding.nvme import NvmeState, NvmeTables
 from ultramem_ds.sharding.offload import prepare_offload
-from ultramem_ds.sharding.optimizer_state import OptimizerState, Zero12State
+from ultramem_ds.sharding.optimizer_state import OptimizerState, OwnState, Zero12State
 from ultramem_ds.sharding.planner import resolve_partition
 from ultramem_ds.sharding.row_sparse import RowSparseShard, RowSparseTables
 from ultramem_ds.sharding.runtime import Ranks
@@ -47,7 +48,7 @@ class ParallelModel:
     engine: Any
     tables: zero3.Zero3Tables | None
     zero: OptimizerState
-    own_states: dict[str, RowSparseTables]
+    own_states: dict[str, OwnState]
     partition: str
     first_expert: int
 
@@ -66,7 +67,7 @@ def parallelize(config: Config, ranks: Ranks, engine_config: dict[str, Any]) -> 
     5. ``deepspeed.initialize``;
     6. exempt the tables from ZeRO-3's persistence and hand each memory layer its sharded lookup.
     """
-    prepare_offload(engine_config)
+    prepare_offload(engine_config, ranks.rank)
     partitioned = zero_stage(engine_config) == 3
     first_expert = 0
     make_mlp = make_table = groups = None
@@ -100,24 +101,35 @@ def parallelize(config: Config, ranks: Ranks, engine_config: dict[str, Any]) -> 
     else:
         for name, param in named:
             fill(name, param)
+    on_nvme = offload_device(engine_config) == "nvme"
     partition, tables = "", None
     if groups is not None:
         partition = resolve_partition(config, ranks.world_size)
-        tables = _install_tables(model, config, ranks, groups, partition)
+        tables = _install_tables(model, config, ranks, groups, partition, on_nvme)
     engine = _initialize(model, config, engine_config)
     if tables is not None:
         tables.keep_partitioned(engine)
+    own_states: dict[str, OwnState] = {}
     zero: OptimizerState
     if partitioned:
         zero = zero3.Zero3State(engine, tables.blocks() if tables is not None else {})
+        if on_nvme:
+            zero = NvmeState(zero, engine)
+            own_states.update(zero.buffers)
     else:
         zero = Zero12State(engine, lambda name: canonical_name(name, first_expert))
-    own_states = {"tables": tables} if isinstance(tables, RowSparseTables) else {}
+    if isinstance(tables, RowSparseTables):
+        own_states["tables"] = tables
     return ParallelModel(engine, tables, zero, own_states, partition, first_expert)
 
 
 def _install_tables(
-    model: LanguageModel, config: Config, ranks: Ranks, groups: TableGroups, partition: str
+    model: LanguageModel,
+    config: Config,
+    ranks: Ranks,
+    groups: TableGroups,
+    partition: str,
+    on_nvme: bool,
 ) -> zero3.Zero3Tables:
     """Give every memory layer its block of the table and its lookup."""
     dtype = torch.bfloat16 if config.train.precision == "bf16" else torch.float32
@@ -149,7 +161,8 @@ def _install_tables(
         params.append(param)
         shards.append(shard)
     if row_adam is None:
-        return zero3.Zero3Tables(params, shards, ranks.world_size)
+        make_tables = NvmeTables if on_nvme else zero3.Zero3Tables
+        return make_tables(params, shards, ranks.world_size)
     names = {id(param): name for name, param in model.named_parameters()}
     return RowSparseTables(params, row_shards, [names[id(p)] for p in params], Comm())
 

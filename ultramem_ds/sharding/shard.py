@@ -83,3 +83,7 @@ class TableShard:
         """Empties the buffer, to be called once its content has been published."""
         if self._grad_RV is not None:
             self._grad_RV.zero_()
+
+    def release_gradient(self) -> None:
+        """Leaves the buffer to whoever has it; the next lookup makes a new one."""
+        self._grad_RV = None

@@ -220,8 +220,18 @@ class Zero3State:
 
     def set_step(self, step: int) -> None:
         """See ``OptimizerState``."""
-        for master in self._zero.fp32_partitioned_groups_flat:
-            set_adam_step(self._zero.optimizer, master, step)
+        for index in range(self.num_buffers):
+            self.set_buffer_step(index, step)
+
+    def set_buffer_step(self, index: int, step: int) -> None:
+        """The updates that one buffer has taken."""
+        zero = self._zero
+        set_adam_step(zero.optimizer, zero.fp32_partitioned_groups_flat[index], step)
+
+    def buffer_step(self, index: int) -> int:
+        """The updates that one buffer has taken."""
+        zero = self._zero
+        return int(zero.optimizer.state[zero.fp32_partitioned_groups_flat[index]].get("step", 0))
 
     def publish(self) -> None:
         """Gather the small parameters that ZeRO-3 keeps whole; slices follow their buffers."""
