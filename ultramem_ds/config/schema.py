@@ -261,13 +261,22 @@ class TrainConfig:
     eval_sequences: int = 512  # sequences per validation subset; 0 = all
     save_every: int = 1000  # optimizer steps between checkpoints; 0 = only at the end
     keep_last: int = 2  # checkpoints kept; 0 = all
+    keep_every: int = 0  # checkpoints of steps divisible by this are kept for ever; 0 = none
+    background_save: bool = False  # train on while files are written, for one more copy in memory
     stop_at_step: int = 0  # save and exit at this step; the schedule stays; 0 = run to max_steps
 
     def __post_init__(self) -> None:
         _require(self.seed >= 0, "train.seed must not be negative")
         for name in ("global_batch_size", "max_steps", "log_every"):
             _require(getattr(self, name) >= 1, f"train.{name} must be at least 1")
-        for name in ("eval_every", "eval_sequences", "save_every", "keep_last", "stop_at_step"):
+        for name in (
+            "eval_every",
+            "eval_sequences",
+            "save_every",
+            "keep_last",
+            "keep_every",
+            "stop_at_step",
+        ):
             _require(getattr(self, name) >= 0, f"train.{name} must not be negative")
         if self.micro_batch_size != "auto":
             _require(self.micro_batch_size >= 1, "train.micro_batch_size must be auto or positive")

@@ -36,6 +36,7 @@ from ultramem_ds.train.evaluate import Reader, SubsetLoss, evaluate
 from ultramem_ds.train.memory_use import peak_memory_bytes
 from ultramem_ds.train.metrics import MetricsWriter
 from ultramem_ds.train.phases import Phases
+from ultramem_ds.train.signals import StopRequest
 from ultramem_ds.utils.files import write_json
 
 # On resume these keys may differ; any other changed key is refused by name.
@@ -97,7 +98,7 @@ def prepare_run(
             f"model.vocab_size={config.model.vocab_size}; set model.vocab_size="
             f"{-(-tokenizer.vocab_size // 128) * 128}"
         )
-    resume_from = checkpoints.latest_checkpoint(run_dir)
+    resume_from = checkpoints.newest_readable(run_dir)
     if resume_from is not None:
         _check_unchanged(resume_from, config)
     return Run(
@@ -139,7 +140,8 @@ def train(run: Run) -> dict[str, Any]:
     last_step = config.train.max_steps
     if config.train.stop_at_step:
         last_step = min(last_step, config.train.stop_at_step)
-    with runtime() as ranks:
+    stop = StopRequest()
+    with stop.listening(), runtime() as ranks:
         if ranks.is_main:
             _prepare_run_dir(run)
         Comm().barrier()
@@ -156,9 +158,9 @@ def train(run: Run) -> dict[str, Any]:
             if ranks.is_main:
                 print(f"{run.run_dir} is finished: step {done_step} of {last_step}", flush=True)
             return {"step": done_step}
-        engine = TrainEngine(config, ranks, run.deepspeed_json, run.batches, Phases())
+        engine = TrainEngine(config, ranks, run.deepspeed_json, run.batches, Phases(), stop)
         if run.resume_from is not None:
-            engine.load(run.resume_from)
+            done_step = engine.load_last_good(run.run_dir).step
             if ranks.is_main:
                 print(f"resuming {run.run_dir} from step {done_step}", flush=True)
         return _Loop(run, ranks, engine, mixture, done_step, last_step).run_to_end()
@@ -226,10 +228,14 @@ class _Loop:
                 result = self.engine.train_step(micro_batches, step)
                 self.step_times_s.append(time.perf_counter() - begin)
                 self._after_step(step + 1, result, writer)
+                if self.engine.stopping:
+                    break
         finally:
             loader.close()
             if writer is not None:
                 writer.close()
+        if self.engine.stopping and step + 1 < self.last_step:
+            return self._stopped(step + 1)
         return self._summary()
 
     def _after_step(self, step: int, result: StepResult, writer: MetricsWriter | None) -> None:
@@ -242,9 +248,21 @@ class _Loop:
         if (train.eval_every and step % train.eval_every == 0) or step == train.max_steps:
             with self.engine.phases("validate"):
                 self._validate(step, writer)
-        if (train.save_every and step % train.save_every == 0) or last:
+        self.engine.advance_save()
+        final = last or self.engine.stopping
+        if final or (train.save_every and step % train.save_every == 0):
             with self.engine.phases("save"):
-                self.engine.save(self.run.run_dir, step, self.mixture.fingerprint)
+                self.engine.save(self.run.run_dir, step, self.mixture.fingerprint, wait=final)
+
+    def _stopped(self, step: int) -> dict[str, Any]:
+        """A signal ended the run between its steps."""
+        if self.ranks.is_main:
+            print(
+                f"stopped by a signal after step {step} of {self.last_step}; saved, and the same "
+                "command continues",
+                flush=True,
+            )
+        return {"step": step}
 
     def _record(self, step: int, result: StepResult) -> dict[str, Any]:
         step_time_s = self.step_times_s[-1]
