@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # One node: NPROC=8 launch/one_node.sh train --preset ultramem-151m-x12 --data DIR --run-dir DIR [...]
 # NPROC defaults to the GPUs of this node, or 2 processes without any.
+# SIGTERM, SIGUSR1 and Ctrl-C reach the ranks: they save after the step in progress and end with exit code 0.
 set -euo pipefail
 python=${PYTHON:-python}
 gpus=$("$python" -c 'import torch; print(torch.cuda.device_count())')
@@ -9,5 +10,5 @@ port=${MASTER_PORT:-$("$python" -c 'import socket; s = socket.socket(); s.bind((
 if [ "$gpus" -eq 0 ]; then # CPU ranks share the cores
   export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$(($(nproc) > nproc ? $(nproc) / nproc : 1))}
 fi
-exec "$python" -m deepspeed.launcher.runner --num_gpus "$nproc" --no_local_rank \
+exec "$python" -m ultramem_ds.launcher --num_gpus "$nproc" --no_local_rank \
   --master_addr 127.0.0.1 --master_port "$port" --module ultramem_ds "$@"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -13,7 +12,8 @@ import torch
 
 from tests.dist.elastic_series import Leg, build_engine, run_legs
 from ultramem_ds.elastic.reader import CheckpointReader
-from ultramem_ds.elastic.record import LAYOUT, write_layout
+from ultramem_ds.elastic.record import LAYOUT, write_layout, write_rank_layout
+from ultramem_ds.elastic.safe import safe_load
 from ultramem_ds.infer.load import load_model
 from ultramem_ds.testing.distributed import run_ranks
 from ultramem_ds.train import checkpoint as checkpoints
@@ -51,14 +51,22 @@ def damage_foreign(checkpoint: Path, leg: Leg) -> None:
     shutil.copy(latest(leg.run_dir.parent / "b") / SHARD, checkpoint / SHARD)
 
 
+def rerecord(checkpoint: Path, rank: int, files: list[str]) -> None:
+    """Make the record fit files that were changed, as whoever crafts a checkpoint would."""
+    reader = CheckpointReader(checkpoint)
+    written = [name for name, record in reader.layout.files.items() if record.rank == rank]
+    written = [name for name in written if name.startswith(("zero", "rng", "tables"))]
+    write_rank_layout(checkpoint, rank, reader.stores[rank], {*written, *files})
+    (checkpoint / LAYOUT).unlink()
+    write_layout(checkpoint, len(reader.stores), reader.parameters)
+
+
 def damage_nan(checkpoint: Path, leg: Leg) -> None:
     """As if training itself had written it: the record is made anew."""
-    stored = torch.load(checkpoint / SHARD, weights_only=False)
+    stored = safe_load(checkpoint / SHARD, mmap=False)
     stored["optimizer_state_dict"]["fp32_flat_groups"][2].data[5] = float("nan")
     torch.save(stored, checkpoint / SHARD)
-    parameters = CheckpointReader(checkpoint).parameters
-    (checkpoint / LAYOUT).unlink()
-    write_layout(checkpoint, 2, parameters)
+    rerecord(checkpoint, 1, [SHARD])
 
 
 DAMAGES = {
@@ -107,9 +115,9 @@ def test_damage_stops_every_rank_with_the_reason(leg: Leg, tmp_path: Path) -> No
 def test_another_model_is_refused(leg: Leg, tmp_path: Path) -> None:
     """A record of other shapes does not load."""
     shutil.copytree(leg.run_dir, tmp_path / "run")
-    path = latest(tmp_path / "run") / LAYOUT
-    layout = json.loads(path.read_text())
-    layout["parameters"]["head.weight"]["shape"] = [65, 32]
-    path.write_text(json.dumps(layout))
+    checkpoint = latest(tmp_path / "run")
+    parameters = CheckpointReader(checkpoint).parameters
+    parameters["head.weight"] = replace(parameters["head.weight"], shape=(65, 32))
+    write_layout(checkpoint, 2, parameters)
     errors = run_ranks(errors_of, 1, [replace(leg, run_dir=tmp_path / "run")])[0]
     assert "holds head.weight as (65, 32), this model has (64, 32)" in errors[0]

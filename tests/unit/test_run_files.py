@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from ultramem_ds.elastic.record import write_layout, write_rank_layout
 from ultramem_ds.train import checkpoint as checkpoints
 from ultramem_ds.train.metrics import MetricsWriter, read_lines
 
@@ -23,11 +24,16 @@ def state(step: int) -> checkpoints.TrainerState:
     )
 
 
-def save(run_dir: Path, step: int, keep_last: int = 2) -> Path:
-    staging = checkpoints.checkpoints_dir(run_dir) / checkpoints.staging_tag(step)
-    staging.mkdir(parents=True)
+def seal(staging: Path) -> None:
+    """What one rank without parameters records."""
+    write_rank_layout(staging, 0, {}, ["weights.pt"])
+    write_layout(staging, 1, {})
+
+
+def save(run_dir: Path, step: int, keep_last: int = 2, keep_every: int = 0) -> Path:
+    staging = checkpoints.begin(run_dir, step)
     (staging / "weights.pt").write_bytes(b"x" * step)
-    return checkpoints.publish(run_dir, state(step), keep_last)
+    return checkpoints.publish(run_dir, state(step), seal, keep_last, keep_every)
 
 
 def test_latest_moves_and_old_ones_go(tmp_path: Path) -> None:

@@ -261,6 +261,8 @@ class TrainConfig:
     eval_sequences: int = 512  # sequences per validation subset; 0 = all
     save_every: int = 1000  # optimizer steps between checkpoints; 0 = only at the end
     keep_last: int = 2  # checkpoints kept; 0 = all
+    keep_every: int = 0  # checkpoints of steps divisible by this are kept for ever; 0 = none
+    background_save: bool = False  # train on while files are written, for one more copy in memory
     stop_at_step: int = 0  # save and exit at this step; the schedule stays; 0 = run to max_steps
     max_bad_steps: int = 10  # stop after so many skipped steps in a row; 0 = never
     grad_spike: Literal["off", "skip", "clip"] = "off"  # what to do about a gradient norm spike
@@ -273,7 +275,14 @@ class TrainConfig:
         _require(self.seed >= 0, "train.seed must not be negative")
         for name in ("global_batch_size", "max_steps", "log_every"):
             _require(getattr(self, name) >= 1, f"train.{name} must be at least 1")
-        for name in ("eval_every", "eval_sequences", "save_every", "keep_last", "stop_at_step"):
+        for name in (
+            "eval_every",
+            "eval_sequences",
+            "save_every",
+            "keep_last",
+            "keep_every",
+            "stop_at_step",
+        ):
             _require(getattr(self, name) >= 0, f"train.{name} must not be negative")
         for name in ("max_bad_steps", "watchdog_s", "desync_every"):
             _require(getattr(self, name) >= 0, f"train.{name} must not be negative")

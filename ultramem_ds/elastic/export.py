@@ -142,11 +142,12 @@ def write_default_layout(path: Path, output: Path, world_size: int) -> Path:
         file = f"{prefix}{name}_optim_states.pt"
         torch.save(_optimizer_states(reader, layout, rank), staging / file)
         torch.save(_model_states(reader, layout), staging / f"{name}_model_states.pt")
-        write_rank_layout(staging, rank, {ZERO: Store(file, "AdamW", layout.pieces(rank))})
-    write_layout(staging, world_size, reader.parameters)
+        stores = {ZERO: Store(file, "AdamW", layout.pieces(rank))}
+        write_rank_layout(staging, rank, stores, [file, f"{name}_model_states.pt"])
     partition = "number-wise" if config.has_memory else ""
     written = replace(state, world_size=world_size, partition=partition, zero_stage=3)
     write_json(staging / TRAINER, asdict(written))
+    write_layout(staging, world_size, reader.parameters)
     staging.rename(target)
     fsync_directory(target.parent)
     write_json(output / "config.json", state.config)

@@ -10,21 +10,18 @@ from __future__ import annotations
 
 import contextlib
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from ultramem_ds.config.schema import Config
+from ultramem_ds.elastic.capture import CapturingEngine, HostCopies, RankFiles
 from ultramem_ds.elastic.reader import CheckpointReader, check_finite
-from ultramem_ds.elastic.record import (
-    ParameterRecord,
-    Store,
-    check_files,
-    write_layout,
-    write_rank_layout,
-)
+from ultramem_ds.elastic.record import ParameterRecord, Store, write_layout
+from ultramem_ds.elastic.safe import DamagedCheckpointError
 from ultramem_ds.model.lm import LanguageModel
 from ultramem_ds.sharding.blocks import Piece
 from ultramem_ds.sharding.comm import Comm
@@ -57,24 +54,44 @@ class EngineCheckpoint:
         self.own = dict(own)
         self.parameters = dict(parameters)
         self.comm = comm
+        self._files = CapturingEngine()
+        engine.checkpoint_engine = self._files
+        engine._copy_recovery_script = lambda save_path: None  # written with the other files
 
-    def save(self, directory: Path, tag: str) -> None:
-        """Write ``directory/tag``, every rank its part; complete, but for ``layout.json``."""
+    def capture(
+        self, directory: Path, tag: str, extra: Mapping[str, Any], copies: HostCopies | None = None
+    ) -> RankFiles:
+        """This rank's part of checkpoint ``directory/tag``; a collective that writes nothing.
+
+        Args:
+            directory: where checkpoints lie.
+            tag: of the new one.
+            extra: further objects to save, by file name.
+            copies: copies the state to host memory; without, it must be written before training
+                goes on.
+        """
         with contextlib.redirect_stdout(sys.stderr):
             self.engine.save_checkpoint(
                 str(directory), tag=tag, save_latest=False, exclude_frozen_parameters=True
             )
+        sources: dict[str, Callable[[], Any]] = {
+            Path(path).name: partial(_same, value) for path, value in self._files.take().items()
+        }
         file = Path(self.engine._get_zero_ckpt_name(str(directory), tag)).name
         stores = {ZERO: Store(file, self._optimizer, self.zero.pieces())}
         for name, state in self.own.items():
             file = f"{name}_rank_{self.comm.rank:05d}.pt"
-            state.write(directory / tag / file)
+            sources[file] = state.saved  # asked when written: it may have to be read from NVMe
             stores[name] = Store(file, type(state).__name__, state.pieces())
-        write_rank_layout(directory / tag, self.comm.rank, stores)
+        sources |= {name: partial(_same, value) for name, value in extra.items()}
+        if copies is not None:
+            copied = copies.copy({name: source() for name, source in sources.items()})
+            sources = {name: partial(_same, value) for name, value in copied.items()}
+        return RankFiles(self.comm.rank, sources, stores)
 
-    def seal(self, directory: Path, tag: str) -> None:
-        """Record all files; one rank, after all ranks' ``save``."""
-        write_layout(directory / tag, self.comm.world_size, self.parameters)
+    def seal(self, checkpoint: Path) -> None:
+        """Record all files; one rank, after all ranks have written theirs."""
+        write_layout(checkpoint, self.comm.world_size, self.parameters)
 
     def load(self, checkpoint: Path) -> bool:
         """Restore parameters, optimizer state, counters and buffers.
@@ -83,10 +100,14 @@ class EngineCheckpoint:
             Whether the layout was the same, so that DeepSpeed's own load could be used.
 
         Raises:
-            ValueError: on every rank, if any rank cannot load its part; the message says why.
+            DamagedCheckpointError: on every rank, if any rank finds its part damaged or unsafe; the
+                message says why.
+            ValueError: on every rank, if it is another model's.
         """
-        with self.comm.raising_together(ValueError):
+        with self.comm.raising_together(DamagedCheckpointError):
             reader = CheckpointReader(checkpoint)
+            reader.verify(self.comm.rank, self.comm.world_size)
+        with self.comm.raising_together(ValueError):
             self._check_model(reader)
         same = self.comm.all_agree(self._same_pieces(reader))
         states: list[OptimizerState] = list(self.own.values())
@@ -94,7 +115,7 @@ class EngineCheckpoint:
             self._load_exactly(reader)
         else:
             states.append(self.zero)
-        with self.comm.raising_together(ValueError):
+        with self.comm.raising_together(DamagedCheckpointError):
             for state in states:
                 fill_state(reader, state, self.comm.rank)
             if not same:
@@ -129,18 +150,19 @@ class EngineCheckpoint:
 
     def _load_exactly(self, reader: CheckpointReader) -> None:
         checkpoint = reader.checkpoint
-        with self.comm.raising_together(ValueError):
-            file = reader.stores[self.comm.rank][ZERO].file
-            check_files(checkpoint, reader.layout, [file, reader.model_file])
         with contextlib.redirect_stdout(sys.stderr):
             # Not strict: parameters that DeepSpeed does not train are not in its files.
             path, _ = self.engine.load_checkpoint(
                 str(checkpoint.parent), tag=checkpoint.name, load_module_strict=False
             )
         if path is None:
-            raise ValueError(f"{checkpoint} could not be loaded by DeepSpeed")
-        with self.comm.raising_together(ValueError):
+            raise DamagedCheckpointError(f"{checkpoint} could not be loaded by DeepSpeed")
+        with self.comm.raising_together(DamagedCheckpointError):
             check_state(checkpoint, self.zero)
+
+
+def _same(value: Any) -> Any:
+    return value
 
 
 def parameter_records(config: Config) -> dict[str, ParameterRecord]:
@@ -157,7 +179,7 @@ def fill_state(reader: CheckpointReader, state: OptimizerState, rank: int) -> No
     """Copy masters, moments and Adam's step from the checkpoint into ``state``.
 
     Raises:
-        ValueError: see :meth:`CheckpointReader.read`.
+        DamagedCheckpointError: see :meth:`CheckpointReader.read`.
     """
     by_buffer: list[list[Piece]] = [[] for _ in range(state.num_buffers)]
     for piece in state.pieces():
@@ -187,7 +209,7 @@ def check_state(checkpoint: Path, state: OptimizerState) -> None:
     """Look once at every piece that has been loaded.
 
     Raises:
-        ValueError: there is NaN or infinity; the message names parameter and row.
+        DamagedCheckpointError: there is NaN or infinity; the message names parameter and row.
     """
     pieces = state.pieces()
     for index in range(state.num_buffers):

@@ -22,7 +22,9 @@ from ultramem_ds.elastic.record import (
     rank_file,
     read_layout,
     read_rank_layout,
+    verify,
 )
+from ultramem_ds.elastic.safe import DamagedCheckpointError, member, safe_load
 from ultramem_ds.sharding.blocks import Block, Piece
 from ultramem_ds.sharding.optimizer_state import KINDS, MASTER, MOMENTS
 
@@ -46,12 +48,13 @@ class CheckpointReader:
         checkpoint: the directory.
 
     Raises:
-        ValueError: the record is missing or damaged.
+        DamagedCheckpointError: the record is missing or damaged.
     """
 
     def __init__(self, checkpoint: Path) -> None:
         self.checkpoint = checkpoint
         self.layout = read_layout(checkpoint)
+        self._verified: set[str] = set()
         self._sources: dict[str, dict[Block, list[tuple[str, Piece]]]] = defaultdict(dict)
         self.stores = []
         for rank in range(self.layout.world_size):
@@ -70,13 +73,14 @@ class CheckpointReader:
         """All parameters by the one-process model's names."""
         return self.layout.parameters
 
-    def check_all_files(self) -> None:
-        """Compare every file of the checkpoint with its record; costs a seek per file.
+    def verify(self, rank: int, world_size: int) -> None:
+        """Read this rank's share of all files; once every rank has, none is read again to check.
 
         Raises:
-            ValueError: naming the first that is missing, short or foreign.
+            DamagedCheckpointError: naming the first that is missing, altered or unsafe.
         """
-        check_files(self.checkpoint, self.layout, self.layout.files)
+        verify(self.checkpoint, self.layout, rank, world_size)
+        self._verified.update(self.layout.files)
 
     def read(
         self, name: str, kind: str, block: Block, out_RC: Tensor, reader_rank: int = 0
@@ -91,8 +95,8 @@ class CheckpointReader:
             reader_rank: spreads ranks over the copies where the checkpoint has several.
 
         Raises:
-            ValueError: the checkpoint does not hold all of it, a file is not what was written, or
-                there is NaN or infinity in it.
+            DamagedCheckpointError: the checkpoint does not hold all of it, a file is not what was
+                written, or there is NaN or infinity in it.
         """
         num_copied = 0
         for held, copies in self._sources.get(name, {}).items():
@@ -100,13 +104,13 @@ class CheckpointReader:
             if part.numel == 0:
                 continue
             file, piece = copies[reader_rank % len(copies)]
-            values_RC = piece.view(self._open(file).flats[kind][piece.buffer])
+            values_RC = self._stored(file, kind, piece)
             target_RC = block.cut(out_RC, part)
             target_RC.copy_(held.cut(values_RC, part))
             check_finite(target_RC, part, f"{kind} of {name}", self.checkpoint / file)
             num_copied += part.numel
         if num_copied != block.numel:
-            raise ValueError(
+            raise DamagedCheckpointError(
                 f"{self.checkpoint / LAYOUT} covers {num_copied} of the {block.numel} elements of "
                 f"{name} that are needed here: it does not belong to this model"
             )
@@ -124,10 +128,7 @@ class CheckpointReader:
 
     def model_states(self) -> dict[str, Any]:
         """What DeepSpeed's model file of rank 0 holds: counters, and buffers under ``module``."""
-        check_files(self.checkpoint, self.layout, [self.model_file])
-        states: dict[str, Any] = torch.load(
-            self.checkpoint / self.model_file, map_location="cpu", mmap=True, weights_only=False
-        )
+        states: dict[str, Any] = self._load(self.model_file)
         return states
 
     def buffers(self) -> dict[str, Tensor]:
@@ -135,13 +136,31 @@ class CheckpointReader:
         states = self.model_states()
         return {name: states["module"][name] for name in states["buffer_names"]}
 
+    def _load(self, file: str) -> Any:
+        check_files(self.checkpoint, self.layout, [file], self._verified)
+        self._verified.add(file)
+        return safe_load(member(self.checkpoint, file))
+
+    def _stored(self, file: str, kind: str, piece: Piece) -> Tensor:
+        flats = self._open(file).flats[kind]
+        try:
+            return piece.view(flats[piece.buffer])
+        except (IndexError, RuntimeError, TypeError) as error:
+            raise DamagedCheckpointError(
+                f"{self.checkpoint / file} does not hold {kind} of {piece.name} where its record "
+                f"says: {error}"
+            ) from None
+
     def _open_buffers(self, file: str) -> StoredBuffers:
-        check_files(self.checkpoint, self.layout, [file])
-        path = self.checkpoint / file
-        stored = torch.load(path, map_location="cpu", mmap=True, weights_only=False)
-        if "flats" in stored:  # a store of our own
-            return StoredBuffers(**stored)
-        return deepspeed_buffers(stored["optimizer_state_dict"])
+        stored = self._load(file)
+        try:
+            if "flats" in stored:  # a store of our own
+                return StoredBuffers(**stored)
+            return deepspeed_buffers(stored["optimizer_state_dict"])
+        except (KeyError, TypeError, AttributeError, AssertionError, IndexError) as error:
+            raise DamagedCheckpointError(
+                f"{self.checkpoint / file} holds no optimizer state: {error!r}"
+            ) from None
 
 
 def deepspeed_buffers(zero: dict[str, Any]) -> StoredBuffers:
@@ -165,14 +184,14 @@ def check_finite(values_RC: Tensor, block: Block, what: str, source: Path) -> No
         source: file or directory that they came from.
 
     Raises:
-        ValueError: naming source, parameter and the first bad row.
+        DamagedCheckpointError: naming source, parameter and the first bad row.
     """
     # A sum is not finite where a summand is not, and needs no memory of the table's size.
     if torch.isfinite(values_RC.sum(dtype=torch.float64)):
         return
     bad_R = (~torch.isfinite(values_RC).all(1)).nonzero().flatten()
     if bad_R.numel():
-        raise ValueError(
+        raise DamagedCheckpointError(
             f"{source} holds NaN or infinity in {what}: {bad_R.numel()} rows, the first is row "
             f"{block.first_row + int(bad_R[0])}; go back to an earlier checkpoint"
         )

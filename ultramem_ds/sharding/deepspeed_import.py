@@ -17,13 +17,14 @@ with contextlib.redirect_stdout(sys.stderr):
     import deepspeed
     import deepspeed.comm
     import deepspeed.ops
+    from deepspeed.utils.tensor_fragment import fragment_address
 
 # Raised by DeepSpeed's own calls of torch, once per call site and rank.
 warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
 
 deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 
-__all__ = ["check_engine_config", "deepspeed"]
+__all__ = ["check_engine_config", "deepspeed", "fragment_address"]
 
 
 def check_engine_config(engine_config: dict[str, Any]) -> None:

@@ -16,10 +16,8 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from ultramem_ds.sharding.blocks import Piece
@@ -138,11 +136,10 @@ class NvmeBuffer:
     def publish(self) -> None:
         """Nothing: the model's copies followed when the buffer was closed."""
 
-    def write(self, path: Path) -> None:
-        """Save this rank's file; the flat buffer is in memory meanwhile."""
+    def saved(self) -> dict[str, Any]:
+        """What a checkpoint holds of this buffer, read from NVMe."""
         step = self._zero.buffer_step(self._index)
         with self.open_buffer(0) as flats:
-            # The swapper's tensors are views of larger buffers, which torch.save would write whole.
-            own = {kind: [torch.from_numpy(flat.numpy())] for kind, flat in flats.items()}
-            torch.save({"flats": own, "step": step}, path)
+            own = {kind: [flat.clone()] for kind, flat in flats.items()}
         self.set_step(step)
+        return {"flats": own, "step": step}

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any, Protocol
 
 import torch
@@ -54,8 +53,8 @@ class OptimizerState(Protocol):
 class OwnState(OptimizerState, Protocol):
     """Optimizer state that DeepSpeed does not save."""
 
-    def write(self, path: Path) -> None:
-        """Save this rank's buffers: ``{"flats": {kind: [...]}, "step": int}``."""
+    def saved(self) -> dict[str, Any]:
+        """What this rank's file holds: ``{"flats": {kind: [...]}, "step": int}``, live or read."""
         ...
 
 

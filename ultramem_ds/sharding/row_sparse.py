@@ -19,7 +19,6 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -179,12 +178,12 @@ class RowSparseTables(Zero3Tables):
     def publish(self) -> None:
         """Nothing: ``set_step`` has copied the masters."""
 
-    def write(self, path: Path) -> None:
-        """Save this rank's file, all rows up to date."""
+    def saved(self) -> dict[str, Any]:
+        """What a checkpoint holds of this rank's tables, live, all rows up to date."""
         flats: dict[str, list[Tensor]] = {}
         for index, shard in enumerate(self.row_shards):
             shard.adam.settle()
             with self.open_buffer(index) as buffers:
                 for kind, flat in buffers.items():
                     flats.setdefault(kind, []).append(flat)
-        torch.save({"flats": flats, "step": self.row_shards[0].adam.step}, path)
+        return {"flats": flats, "step": self.row_shards[0].adam.step}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import os
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +17,7 @@ from ultramem_ds.config.schema import Config
 from ultramem_ds.data.loader import MicroBatch
 from ultramem_ds.data.skips import NO_SKIPS, SkipRanges
 from ultramem_ds.elastic.load import EngineCheckpoint, parameter_records
+from ultramem_ds.elastic.safe import DamagedCheckpointError, safe_load
 from ultramem_ds.model.lm import LanguageModel
 from ultramem_ds.optim.param_groups import SCHEDULES
 from ultramem_ds.sharding.comm import Comm
@@ -27,6 +28,8 @@ from ultramem_ds.train import checkpoint as checkpoints
 from ultramem_ds.train.guards import StepGuard
 from ultramem_ds.train.memory_stats import MemoryStatistics
 from ultramem_ds.train.phases import Phases
+from ultramem_ds.train.saver import Saver
+from ultramem_ds.train.signals import Ballot, StopRequest
 
 
 @dataclass(frozen=True)
@@ -75,6 +78,7 @@ class TrainEngine:
         deepspeed_json: contents of the DeepSpeed JSON.
         batches: how the global batch is cut up.
         phases: told what a step is doing.
+        stop: whether this process has been asked to stop.
     """
 
     def __init__(
@@ -84,6 +88,7 @@ class TrainEngine:
         deepspeed_json: dict[str, Any],
         batches: BatchPlan,
         phases: Phases,
+        stop: StopRequest | None = None,
     ) -> None:
         self.config = config
         self.phases = phases
@@ -103,6 +108,15 @@ class TrainEngine:
         self.checkpoint = EngineCheckpoint(
             self.engine, parallel.zero, parallel.own_states, parameter_records(config), self.comm
         )
+        self.saver = Saver(
+            self.checkpoint,
+            self.comm,
+            keep_last=config.train.keep_last,
+            keep_every=config.train.keep_every,
+            background=config.train.background_save,
+        )
+        request = stop if stop is not None else StopRequest()
+        self.ballot = Ballot(lambda: request.requested, self.saver.busy)
 
     @property
     def model(self) -> LanguageModel:
@@ -143,11 +157,14 @@ class TrainEngine:
                 self.tables.finish_step(lrs["tables"], decision)
             self.model.mark_stale()
         assert counts is not None
-        packed = self.comm.all_reduce_(torch.cat([sums, counts.flatten()]))
+        votes = self.ballot.cast(self.ranks.device)
+        packed = self.comm.all_reduce_(torch.cat([sums, votes, counts.flatten()]))
+        sums, votes, load = packed.split([len(sums), len(votes), counts.numel()])
+        self.ballot.count(votes)
         loss, aux, balance = (
-            packed[:3] / (self.ranks.world_size * self.batches.accumulation_steps)
+            sums / (self.ranks.world_size * self.batches.accumulation_steps)
         ).tolist()
-        load = packed[3:].view_as(counts)
+        load = load.view_as(counts)
         share = load / load.sum(-1, keepdim=True).clamp_min(1)
         return StepResult(
             loss=loss,
@@ -183,66 +200,128 @@ class TrainEngine:
             group["lr"] = lrs[group["schedule"]]
         return lrs
 
+    @property
+    def stopping(self) -> bool:
+        """Whether some rank had been asked to stop when the last step ended."""
+        return self.ballot.yes[0] > 0
+
+    def advance_save(self) -> None:
+        """After every step: let a save in the background move on."""
+        self.saver.advance(busy_ranks=self.ballot.yes[1])
+
     def save(
-        self, run_dir: Path, step: int, data_fingerprint: str, skips: SkipRanges = NO_SKIPS
+        self,
+        run_dir: Path,
+        step: int,
+        data_fingerprint: str,
+        skips: SkipRanges = NO_SKIPS,
+        *,
+        wait: bool = False,
     ) -> None:
-        """Write a checkpoint after ``step`` optimizer steps and make it the latest."""
-        tag = checkpoints.staging_tag(step)
-        directory = checkpoints.checkpoints_dir(run_dir)
-        self.checkpoint.save(directory, tag)
-        _save_rng(directory / tag, self.ranks)
-        self.comm.barrier()
-        if self.ranks.is_main:
-            self.checkpoint.seal(directory, tag)
-            checkpoints.publish(
-                run_dir,
-                checkpoints.TrainerState(
-                    step=step,
-                    consumed_samples=step * self.batches.global_batch_size,
-                    data_fingerprint=data_fingerprint,
-                    world_size=self.ranks.world_size,
-                    partition=self.partition,
-                    zero_stage=self.zero_stage,
-                    config=to_dict(self.config),
-                    skipped_samples=[list(r) for r in skips.ranges],
-                    guard=self.guard.state(),
-                ),
-                self.config.train.keep_last,
-            )
-        self.comm.barrier()
+        """Write a checkpoint after ``step`` optimizer steps and make it the latest.
+
+        With ``train.background_save`` this returns when the state has been copied to host memory.
+        If the files cannot be written, training goes on with a warning.
+
+        Args:
+            run_dir: the run directory.
+            step: optimizer steps taken.
+            data_fingerprint: of the mixture that they came from.
+            skips: samples that were jumped over.
+            wait: the run ends here: wait for the files, and raise if they cannot be written.
+
+        Raises:
+            OSError: on every rank, see ``wait``.
+        """
+        state = checkpoints.TrainerState(
+            step=step,
+            consumed_samples=step * self.batches.global_batch_size,
+            data_fingerprint=data_fingerprint,
+            world_size=self.ranks.world_size,
+            partition=self.partition,
+            zero_stage=self.zero_stage,
+            config=to_dict(self.config),
+            skipped_samples=[list(r) for r in skips.ranges],
+            guard=self.guard.state(),
+        )
+        self.saver.begin(run_dir, state, {_rng_file(self.ranks): _rng_states(self.ranks)})
+        if wait:
+            self.saver.finish()
+            if self.saver.failure:
+                raise OSError(self.saver.failure)
 
     def load(self, checkpoint: Path) -> checkpoints.TrainerState:
         """Restore parameters, optimizer state and random-number states, from any world size.
 
         Raises:
-            ValueError: on every rank, if the checkpoint cannot be loaded on some rank.
+            DamagedCheckpointError: on every rank, if some rank finds it damaged or unsafe.
+            ValueError: on every rank, if the checkpoint is another model's.
         """
-        state = checkpoints.read_trainer_state(checkpoint)
+        with self.comm.raising_together(DamagedCheckpointError):
+            state = checkpoints.read_trainer_state(checkpoint)
         self.checkpoint.load(checkpoint)
-        if state.world_size == self.ranks.world_size and _rng_file(checkpoint, self.ranks).exists():
-            _load_rng(checkpoint, self.ranks)
+        if state.world_size == self.ranks.world_size:
+            _load_rng(checkpoint / _rng_file(self.ranks), self.ranks)
         self.guard.load_state(state.guard)
         self.statistics.window.reset()
         self.model.mark_stale()
         return state
 
+    def load_last_good(self, run_dir: Path, before: int | None = None) -> checkpoints.TrainerState:
+        """Go to the newest checkpoint that is whole, in a new process or in the middle of a run.
 
-def _rng_file(directory: Path, ranks: Ranks) -> Path:
-    return directory / f"rng_rank_{ranks.rank:05d}.pt"
+        A damaged one is passed over with a warning. All ranks try the same ones in the same order.
+
+        Args:
+            run_dir: the run directory.
+            before: only checkpoints of fewer optimizer steps than this.
+
+        Raises:
+            ValueError: on every rank, if there is none.
+        """
+        self.saver.finish()
+        limit, problem = before, f"{run_dir} has no checkpoint"
+        while True:
+            mine = [
+                checkpoints.step_of(path)
+                for path in checkpoints.resume_candidates(run_dir)
+                if limit is None or checkpoints.step_of(path) < limit
+            ]
+            # The newest that any rank sees: one that does not see it finds it damaged.
+            step = int(self.comm.all_reduce_max_(self._number(max(mine, default=-1))))
+            if step < 0:
+                raise ValueError(f"no checkpoint to go back to: {problem}")
+            path = checkpoints.checkpoints_dir(run_dir) / checkpoints.tag_of(step)
+            try:
+                return self.load(path)
+            except DamagedCheckpointError as error:
+                limit, problem = step, str(error)
+            if self.ranks.is_main:
+                print(
+                    f"WARNING: {path} cannot be used: {problem}. Trying the one before",
+                    file=sys.stderr,
+                    flush=True,
+                )
+
+    def _number(self, value: int) -> Tensor:
+        return torch.tensor(float(value), device=self.ranks.device)
 
 
-def _save_rng(directory: Path, ranks: Ranks) -> None:
+def _rng_file(ranks: Ranks) -> str:
+    return f"rng_rank_{ranks.rank:05d}.pt"
+
+
+def _rng_states(ranks: Ranks) -> dict[str, Tensor]:
     states = {"cpu": torch.get_rng_state()}
     if ranks.device.type == "cuda":
         states["cuda"] = torch.cuda.get_rng_state(ranks.device)
-    with open(_rng_file(directory, ranks), "wb") as file:
-        torch.save(states, file)
-        file.flush()
-        os.fsync(file.fileno())
+    return states
 
 
-def _load_rng(directory: Path, ranks: Ranks) -> None:
-    states = torch.load(_rng_file(directory, ranks), weights_only=True)
+def _load_rng(path: Path, ranks: Ranks) -> None:
+    if not path.exists():  # made by a conversion, not by a run
+        return
+    states = safe_load(path, mmap=False)
     torch.set_rng_state(states["cpu"])
     if ranks.device.type == "cuda" and "cuda" in states:
         torch.cuda.set_rng_state(states["cuda"], ranks.device)

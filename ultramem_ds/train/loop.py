@@ -26,6 +26,7 @@ from ultramem_ds.train.phases import Phases
 from ultramem_ds.train.rollback import roll_back
 from ultramem_ds.train.roster import Roster
 from ultramem_ds.train.run import Run, skips_of
+from ultramem_ds.train.signals import StopRequest
 from ultramem_ds.train.watchdog import Watchdog
 from ultramem_ds.utils.files import write_json
 
@@ -38,15 +39,16 @@ def train(run: Run) -> dict[str, Any]:
     """
     config = run.config
     phases = Phases()
-    with runtime() as ranks:
+    stop = StopRequest()
+    with stop.listening(), runtime() as ranks:
         with Comm().raising_together(OSError):
             if ranks.is_main:
                 _prepare_run_dir(run)
         with Watchdog(run.run_dir, ranks, phases, config.train.watchdog_s):
-            return _train(run, ranks, phases)
+            return _train(run, ranks, phases, stop)
 
 
-def _train(run: Run, ranks: Ranks, phases: Phases) -> dict[str, Any]:
+def _train(run: Run, ranks: Ranks, phases: Phases, stop: StopRequest) -> dict[str, Any]:
     """What every rank does, from an empty process group to the summary."""
     config = run.config
     done_step = 0
@@ -68,10 +70,11 @@ def _train(run: Run, ranks: Ranks, phases: Phases) -> dict[str, Any]:
         if ranks.is_main:
             print(f"{run.run_dir} is finished: step {done_step} of {last_step}", flush=True)
         return {"step": done_step}
-    engine = TrainEngine(config, ranks, run.deepspeed_json, run.batches, phases)
+    engine = TrainEngine(config, ranks, run.deepspeed_json, run.batches, phases, stop)
     state = None
     if run.resume_from is not None:
-        state = engine.load(run.resume_from)
+        state = engine.load_last_good(run.run_dir)
+        done_step = state.step
         if ranks.is_main:
             print(f"resuming {run.run_dir} from step {done_step}", flush=True)
     skips = skips_of(run.skip_samples, state)
@@ -126,15 +129,16 @@ class _Loop:
     def run_to_end(self) -> dict[str, Any]:
         while True:
             try:
-                self._run_steps()
-                return self._summary()
+                reached = self._run_steps()
+                return self._summary() if reached == self.last_step else self._stopped(reached)
             except TooManyBadStepsError as stop:
                 self.rollbacks += 1
                 self.done_step, self.skips = roll_back(
                     self.engine, self.run.run_dir, stop, self.rollbacks
                 )
 
-    def _run_steps(self) -> None:
+    def _run_steps(self) -> int:
+        """From ``done_step`` to the last step, or to a signal; returns the step reached."""
         train = self.config.train
         writer = MetricsWriter(self.run.run_dir, self.done_step + 1) if self.ranks.is_main else None
         loader = BatchLoader(
@@ -158,10 +162,13 @@ class _Loop:
                 result = self.engine.train_step(micro_batches, step)
                 self.step_times_s.append(time.perf_counter() - begin)
                 self._after_step(step + 1, result, writer)
+                if self.engine.stopping:
+                    return step + 1
         finally:
             loader.close()
             if writer is not None:
                 writer.close()
+        return self.last_step
 
     def _after_step(self, step: int, result: StepResult, writer: MetricsWriter | None) -> None:
         train = self.config.train
@@ -177,9 +184,23 @@ class _Loop:
         if (train.eval_every and step % train.eval_every == 0) or step == train.max_steps:
             with self.engine.phases("validate"):
                 self._validate(step, writer)
-        if (train.save_every and step % train.save_every == 0) or last:
+        self.engine.advance_save()
+        final = last or self.engine.stopping
+        if final or (train.save_every and step % train.save_every == 0):
             with self.engine.phases("save"):
-                self.engine.save(self.run.run_dir, step, self.mixture.fingerprint, self.skips)
+                self.engine.save(
+                    self.run.run_dir, step, self.mixture.fingerprint, self.skips, wait=final
+                )
+
+    def _stopped(self, step: int) -> dict[str, Any]:
+        """A signal ended the run between its steps."""
+        if self.ranks.is_main:
+            print(
+                f"stopped by a signal after step {step} of {self.last_step}; saved, and the same "
+                "command continues",
+                flush=True,
+            )
+        return {"step": step}
 
     def _samples(self, step: int) -> tuple[Range, ...]:
         """Global samples of optimizer step ``step``, counted from 1."""

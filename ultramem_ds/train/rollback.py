@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 
 from ultramem_ds.data.skips import SkipRanges, format_ranges
-from ultramem_ds.train import checkpoint as checkpoints
 from ultramem_ds.train.engine import TrainEngine
 from ultramem_ds.train.faultlog import log_fault
 from ultramem_ds.train.guards import TooManyBadStepsError
@@ -32,20 +31,22 @@ def roll_back(
         TooManyBadStepsError: ``stop`` itself, if ``train.rollback`` is off, there is no such
             checkpoint, or this has been tried often enough.
     """
-    target = _good_checkpoint(run_dir, before=stop.steps[0].step)
-    if not engine.config.train.rollback or target is None or attempt > MAX_ROLLBACKS:
+    refusal = None
+    if not engine.config.train.rollback:
+        refusal = ""
+    elif attempt > MAX_ROLLBACKS:
+        refusal = f": {MAX_ROLLBACKS} rollbacks did not help"
+    else:
+        engine.comm.barrier()  # rank 0 has closed the metrics
+        try:
+            state = engine.load_last_good(run_dir, before=stop.steps[0].step)
+        except ValueError as error:  # on every rank
+            refusal = f": {error}"
+    if refusal is not None:
         if engine.ranks.is_main:
-            kind, text = "stopped", "training stops after bad steps"
-            if engine.config.train.rollback:
-                text += (
-                    ": no checkpoint from before them"
-                    if target is None
-                    else f": {MAX_ROLLBACKS} rollbacks did not help"
-                )
-            log_fault(run_dir, kind, text, steps=[bad.to_dict() for bad in stop.steps])
+            text = f"training stops after bad steps{refusal}"
+            log_fault(run_dir, "stopped", text, steps=[bad.to_dict() for bad in stop.steps])
         raise stop
-    engine.comm.barrier()  # rank 0 has closed the metrics
-    state = engine.load(target)
     engine.guard.recent = []
     bad = [piece for step in stop.steps for piece in step.samples]
     skips = SkipRanges.of([*state.skipped_samples, *bad])
@@ -53,20 +54,9 @@ def roll_back(
         log_fault(
             run_dir,
             "rollback",
-            f"rolling back to {target.name} after {len(stop.steps)} bad steps; jumping over "
+            f"rolling back to step {state.step} after {len(stop.steps)} bad steps; jumping over "
             f"samples {format_ranges(SkipRanges.of(bad).ranges)}",
             to_step=state.step,
             skipped_samples=[list(r) for r in bad],
         )
     return state.step, skips
-
-
-def _good_checkpoint(run_dir: Path, before: int) -> Path | None:
-    """The newest complete checkpoint of fewer than ``before`` steps."""
-    found = [
-        path
-        for path in checkpoints.checkpoints_dir(run_dir).glob("step-*")
-        if (path / checkpoints.TRAINER).exists()
-        and checkpoints.read_trainer_state(path).step < before
-    ]
-    return max(found, default=None, key=lambda path: path.name)

@@ -93,7 +93,7 @@ def prepare_run(
             f"model.vocab_size={config.model.vocab_size}; set model.vocab_size="
             f"{-(-tokenizer.vocab_size // 128) * 128}"
         )
-    resume_from = checkpoints.latest_checkpoint(run_dir)
+    resume_from = checkpoints.newest_readable(run_dir)
     if resume_from is not None:
         _check_unchanged(resume_from, config)
         skips_of(skip_samples, checkpoints.read_trainer_state(resume_from))

@@ -1,0 +1,169 @@
+"""Run DeepSpeed's launcher, hand signals on to the ranks, and end as they did.
+
+Usage: ``python -m ultramem_ds.launcher ARGUMENTS`` of ``deepspeed``; the scripts in ``launch/`` do.
+
+DeepSpeed's launcher dies of SIGTERM and SIGUSR1 and tells its ranks nothing, or kills them. Here it
+runs in a session of its own, out of reach of signals to this process's group, and ignores SIGUSR1.
+SIGTERM and SIGUSR1 to this process go to the ranks, SIGINT (Ctrl-C) as SIGTERM. Ranks that train
+end after the step in progress, saved, with exit code 0, and so does this process; other verbs end
+at once. A second Ctrl-C kills everything.
+
+If a process of DeepSpeed's launcher is killed, the ranks below it are told to stop, given a grace
+period, and killed. They find this process's id in ``ULTRAMEM_LAUNCHER_PID``.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from types import FrameType
+
+import psutil
+
+LAUNCHER_PID = "ULTRAMEM_LAUNCHER_PID"
+POLL_S = 0.5
+REPEAT_S = 5.0  # SIGUSR1 is repeated: a rank that is still importing ignores it
+GRACE_S = 60.0  # for ranks without a launcher to save and end
+
+
+class Launcher:
+    """One launch.
+
+    Args:
+        arguments: of DeepSpeed's runner; ``--make_hostfile NODES:RANKS`` stands for a hostfile of
+            as many nodes with as many ranks each, which it wants even where it uses no ssh.
+    """
+
+    def __init__(self, arguments: Sequence[str]) -> None:
+        self._arguments = list(arguments)
+        self._hostfile: Path | None = None
+        if "--make_hostfile" in self._arguments:
+            at = self._arguments.index("--make_hostfile")
+            self._hostfile = _write_hostfile(self._arguments[at + 1])
+            self._arguments[at : at + 2] = ["--hostfile", str(self._hostfile)]
+        self._received: list[int] = []
+        for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
+            signal.signal(number, self._receive)
+        environment = {**os.environ, LAUNCHER_PID: str(os.getpid())}
+        environment.pop("RANK", None)
+        self._runner = subprocess.Popen(
+            [sys.executable, "-m", "deepspeed.launcher.runner", *self._arguments],
+            env=environment,
+            start_new_session=True,
+            preexec_fn=_ignore_usr1,
+        )
+
+    def _receive(self, number: int, frame: FrameType | None) -> None:
+        self._received.append(number)
+
+    def run(self) -> int:
+        """Wait for the end; returns the exit code."""
+        try:
+            return self._wait()
+        finally:
+            if self._hostfile is not None:
+                self._hostfile.unlink()
+
+    def _wait(self) -> int:
+        handed_on, repeat_at_s = 0, float("inf")
+        while True:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                code = self._runner.wait(POLL_S)
+                break
+            new, handed_on = self._received[handed_on:], len(self._received)
+            if self._received.count(signal.SIGINT) > 1:
+                self._signal_group(signal.SIGKILL)
+            elif new or time.monotonic() > repeat_at_s:
+                self._tell_ranks(new or [signal.SIGUSR1])
+                if signal.SIGUSR1 in self._received:
+                    repeat_at_s = time.monotonic() + REPEAT_S
+        if self._group_lives():
+            # DeepSpeed's runner ends with 0 where its launcher was killed.
+            print("the launcher was killed: stopping its ranks", file=sys.stderr, flush=True)
+            self._end_group()
+            return code or 1
+        return code if code >= 0 else 128 - code
+
+    def _tell_ranks(self, numbers: Sequence[int]) -> None:
+        number = signal.SIGUSR1 if set(numbers) == {signal.SIGUSR1} else signal.SIGTERM
+        for rank in self._ranks():
+            with contextlib.suppress(psutil.NoSuchProcess):
+                rank.send_signal(number)
+
+    def _ranks(self) -> list[psutil.Process]:
+        """The ranks on this machine; one is enough, it tells the others."""
+        with contextlib.suppress(psutil.NoSuchProcess):
+            below = psutil.Process(self._runner.pid).children(recursive=True)
+            if ranks := _top_ranks(below):
+                return ranks
+        if "--hostfile" not in self._arguments or "--no_ssh" in self._arguments:
+            return []
+        # Started through ssh: not below this process, but known by the port.
+        port = self._arguments[self._arguments.index("--master_port") + 1]
+        mine = psutil.Process().uids().real
+        candidates = [p for p in psutil.process_iter() if _uid(p) == mine]
+        return [r for r in _top_ranks(candidates) if _environment(r).get("MASTER_PORT") == port]
+
+    def _signal_group(self, number: int) -> None:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self._runner.pid, number)
+
+    def _group_lives(self) -> bool:
+        try:
+            os.killpg(self._runner.pid, 0)
+        except ProcessLookupError:
+            return False
+        return True
+
+    def _end_group(self) -> None:
+        self._signal_group(signal.SIGTERM)
+        deadline_s = time.monotonic() + GRACE_S
+        while self._group_lives() and time.monotonic() < deadline_s:
+            time.sleep(POLL_S)
+        self._signal_group(signal.SIGKILL)
+
+
+def _write_hostfile(shape: str) -> Path:
+    nodes, ranks = map(int, shape.split(":"))
+    with tempfile.NamedTemporaryFile("w", prefix="ultramem-hosts-", delete=False) as file:
+        file.writelines(f"node-{node} slots={ranks}\n" for node in range(nodes))
+    return Path(file.name)
+
+
+def _ignore_usr1() -> None:
+    """What is ignored stays so in DeepSpeed's processes; the ranks listen again when they train."""
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+
+
+def _environment(process: psutil.Process) -> dict[str, str]:
+    with contextlib.suppress(psutil.Error, OSError):
+        return dict(process.environ())
+    return {}
+
+
+def _uid(process: psutil.Process) -> int:
+    with contextlib.suppress(psutil.Error):
+        return int(process.uids().real)
+    return -1
+
+
+def _top_ranks(processes: Sequence[psutil.Process]) -> list[psutil.Process]:
+    """Those with a rank whose parent has none: no workers that ranks have started."""
+    with_rank = {p.pid: p for p in processes if "RANK" in _environment(p)}
+    ranks = []
+    for process in with_rank.values():
+        with contextlib.suppress(psutil.NoSuchProcess):
+            if process.ppid() not in with_rank:
+                ranks.append(process)
+    return ranks
+
+
+if __name__ == "__main__":
+    sys.exit(Launcher(sys.argv[1:]).run())
