@@ -25,7 +25,6 @@ def log_fault(run_dir: Path, kind: str, text: str, **details: Any) -> None:
         text: for people, on stderr.
         **details: plain values beside it.
     """
-    print(text, file=sys.stderr, flush=True)
     line = json.dumps({"time": round(time.time(), 3), "kind": kind, **details}) + "\n"
     # One write of an O_APPEND file: lines of several processes do not mix.
     descriptor = os.open(run_dir / FAULTS, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
@@ -33,3 +32,5 @@ def log_fault(run_dir: Path, kind: str, text: str, **details: Any) -> None:
         os.write(descriptor, line.encode())
     finally:
         os.close(descriptor)
+    if text:
+        print(text, file=sys.stderr, flush=True)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,7 @@ from ultramem_ds.data.tokenizers import load_tokenizer
 from ultramem_ds.sharding.comm import Comm
 from ultramem_ds.sharding.runtime import Ranks, runtime
 from ultramem_ds.train import checkpoint as checkpoints
+from ultramem_ds.train.desync import DesyncGuard, code_digest, digest
 from ultramem_ds.train.engine import StepResult, TrainEngine
 from ultramem_ds.train.evaluate import Reader, SubsetLoss, evaluate
 from ultramem_ds.train.faultlog import log_fault
@@ -26,6 +29,7 @@ from ultramem_ds.train.phases import Phases
 from ultramem_ds.train.rollback import roll_back
 from ultramem_ds.train.roster import Roster
 from ultramem_ds.train.run import Run, skips_of
+from ultramem_ds.train.runlock import only_job
 from ultramem_ds.train.signals import StopRequest
 from ultramem_ds.train.watchdog import Watchdog
 from ultramem_ds.utils.files import write_json
@@ -37,15 +41,18 @@ def train(run: Run) -> dict[str, Any]:
     Returns:
         ``{step, val_loss, tokens_per_s, peak_memory_bytes, ...}``, the same on every rank.
     """
-    config = run.config
     phases = Phases()
     stop = StopRequest()
-    with stop.listening(), runtime() as ranks:
-        with Comm().raising_together(OSError):
+    with stop.listening(), runtime() as ranks, contextlib.ExitStack() as stack:
+        comm = Comm()
+        with comm.raising_together(ValueError), comm.raising_together(OSError):
             if ranks.is_main:
+                stack.enter_context(only_job(run.run_dir))
                 _prepare_run_dir(run)
-        with Watchdog(run.run_dir, ranks, phases, config.train.watchdog_s):
-            return _train(run, ranks, phases, stop)
+        stack.enter_context(Watchdog(run.run_dir, ranks, phases, run.config.train.watchdog_s))
+        # An earlier job may have saved once more before it let go of the directory.
+        latest = checkpoints.latest_checkpoint(run.run_dir)
+        return _train(replace(run, resume_from=latest), ranks, phases, stop)
 
 
 def _train(run: Run, ranks: Ranks, phases: Phases, stop: StopRequest) -> dict[str, Any]:
@@ -120,6 +127,9 @@ class _Loop:
         self.mixture = mixture
         self.skips = skips
         self.rollbacks = 0
+        self.desync = DesyncGuard(
+            engine.comm, ranks.device, engine.model, run.config.train.desync_every
+        )
         self.done_step = done_step
         self.last_step = last_step
         self.tokens_per_step = run.config.train.global_batch_size * run.config.model.seq_len
@@ -127,6 +137,7 @@ class _Loop:
         self.val_loss: float | None = None
 
     def run_to_end(self) -> dict[str, Any]:
+        self._compare_ranks(self.done_step, at_start=True)
         while True:
             try:
                 reached = self._run_steps()
@@ -184,6 +195,8 @@ class _Loop:
         if (train.eval_every and step % train.eval_every == 0) or step == train.max_steps:
             with self.engine.phases("validate"):
                 self._validate(step, writer)
+        if self.desync.due(step):
+            self._compare_ranks(step)
         self.engine.advance_save()
         final = last or self.engine.stopping
         if final or (train.save_every and step % train.save_every == 0):
@@ -201,6 +214,20 @@ class _Loop:
                 flush=True,
             )
         return {"step": step}
+
+    def _compare_ranks(self, step: int, at_start: bool = False) -> None:
+        """Stop the run if the ranks do not agree on what they are doing; a collective."""
+        engine = self.engine
+        items = {
+            "step": step,
+            "data": digest((self.mixture.fingerprint, self.skips.ranges)),
+            "guard": digest(engine.guard.state()),
+            "learning rates": digest([g["lr"] for g in engine.engine.optimizer.param_groups]),
+        }
+        if at_start:
+            items["configuration"] = digest((to_dict(self.config), self.run.deepspeed_json))
+            items["code"] = code_digest()
+        self.desync.compare(items, everything=at_start)
 
     def _samples(self, step: int) -> tuple[Range, ...]:
         """Global samples of optimizer step ``step``, counted from 1."""

@@ -62,7 +62,7 @@ class Presence:
 
 @dataclass(frozen=True)
 class Alarm:
-    """Why a job ends: ``kind`` is failure, hang or orphaned."""
+    """Why a job ends: ``kind`` is failure or hang."""
 
     kind: str
     rank: int

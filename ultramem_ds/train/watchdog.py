@@ -7,7 +7,8 @@ A :class:`Watchdog` is the frame of a training run on each rank:
   rank that lost its peers (one was killed) looks for the dead one and names it.
 - *Hang.* A rank whose phase has not changed for ``train.watchdog_s`` raises the alarm; every rank
   writes its phase and Python stacks, the first one prints a table of all, and the job ends.
-- *Orphans.* A rank whose launcher is gone ends itself.
+- *Orphans.* A rank whose launcher is gone sends itself SIGTERM, which saves and ends a run, and
+  ends in any case a minute later.
 
 Nothing here is a collective, and nothing needs the main thread. ``os._exit`` is the only way out of
 a process whose main thread waits in a collective; loader workers are killed before.
@@ -17,6 +18,7 @@ from __future__ import annotations
 
 import contextlib
 import faulthandler
+import math
 import os
 import signal
 import sys
@@ -41,7 +43,8 @@ EXIT_HANG = 3
 EXIT_ORPHANED = 4
 
 POLL_S = 1.0  # between two looks at launcher and alarm
-SIGN_S = 5.0  # between two signatures in the roster
+SIGN_S = 2.0  # between two signatures in the roster, for up to 64 ranks
+ORPHAN_S = 60.0  # for a rank without a launcher to save and end
 GRACE_S = 5.0  # for other ranks to write their stacks
 # Beyond train.watchdog_s: what is slow without being stuck.
 START_S = 1800.0  # building or loading model and kernels, before the first step
@@ -76,6 +79,7 @@ class Watchdog:
         self._watchdog_s = watchdog_s
         self._roster = Roster(run_dir, ranks.rank, phases)
         self._launchers = launchers_above()
+        self._orphaned_at = math.inf
         self._first_step = 0
         self._suspended_s = 0.0
         self._since = phases.since
@@ -143,23 +147,38 @@ class Watchdog:
 
     def _watch(self) -> None:
         poll_s = min(POLL_S, self._watchdog_s / 4 or POLL_S)
+        sign_s = SIGN_S * max(1.0, self._ranks.world_size / 64)
         signed = looked = time.monotonic()
         while not self._ended.wait(poll_s):
             now = time.monotonic()
             if now - looked > GRACE_S + poll_s:  # the whole process was stopped meanwhile
                 self._suspended_s += now - looked
             looked = now
-            if not all(is_alive(launcher) for launcher in self._launchers):
-                text = f"rank {self._ranks.rank} ends: its launcher is gone"
-                first = self._roster.raise_alarm("orphaned", text)
-                self._end("orphaned", text if first else "", EXIT_ORPHANED)
+            self._look_for_launcher(now)
             alarm = self._roster.alarm()
             if alarm is not None:
                 self._follow(alarm.kind)
-            if now - signed > SIGN_S:
+            if now - signed > sign_s:
                 self._roster.sign()
                 signed = now
             self._look_for_hang(now)
+
+    def _look_for_launcher(self, now: float) -> None:
+        if self._orphaned_at == math.inf:
+            if all(is_alive(launcher) for launcher in self._launchers):
+                return
+            self._orphaned_at = now
+            here = self._roster.here()
+            text = f"rank {here.rank} ends: its launcher is gone (at {here.where()})"
+            try:
+                log_fault(self._run_dir, "orphaned", text, rank=here.rank, step=here.step)
+            except OSError:  # so is the reader of the log: do not let a line of output fail
+                nowhere = os.open(os.devnull, os.O_WRONLY)
+                os.dup2(nowhere, 1)
+                os.dup2(nowhere, 2)
+            os.kill(os.getpid(), signal.SIGTERM)
+        elif now - self._orphaned_at > ORPHAN_S:
+            self._end("orphaned", "", EXIT_ORPHANED)
 
     def _follow(self, kind: str) -> None:
         """Another rank has raised the alarm."""
@@ -169,7 +188,7 @@ class Watchdog:
             self._end(kind, "", EXIT_HANG)
         # A failing main thread says why by itself; one that waits for a peer cannot.
         self._ended.wait(GRACE_S)
-        self._end(kind, "", EXIT_ORPHANED if kind == "orphaned" else EXIT_FAILED)
+        self._end(kind, "", EXIT_FAILED)
 
     def _look_for_hang(self, now: float) -> None:
         phases = self._phases

@@ -10,7 +10,14 @@ from collections.abc import Callable
 import psutil
 
 _LAUNCHERS = ("deepspeed", "torchrun", "one_node.sh", "multi_node.sh")
-_LAUNCHER_MODULES = ("deepspeed.launcher", "torch.distributed")
+_LAUNCHER_MODULES = ("deepspeed.launcher", "torch.distributed", "ultramem_ds.launcher")
+
+_LAUNCHER_FILES = (
+    "deepspeed/launcher/launch.py",
+    "deepspeed/launcher/runner.py",
+    "torch/distributed/run.py",
+    "ultramem_ds/launcher.py",
+)
 
 
 def is_launcher(command: list[str]) -> bool:
@@ -19,7 +26,7 @@ def is_launcher(command: list[str]) -> bool:
         name = os.path.basename(argument)
         if name in _LAUNCHERS or argument.startswith(_LAUNCHER_MODULES):
             return True
-        if argument.endswith(("deepspeed/launcher/launch.py", "torch/distributed/run.py")):
+        if argument.endswith(_LAUNCHER_FILES):
             return True
     return False
 
