@@ -1,4 +1,4 @@
-"""Ranks that should hold the same compare notes: at the start and every ``train.desync_every`` steps.
+"""Ranks that should hold the same compare notes, at start and every ``train.desync_every`` steps.
 
 A rank hands in a few 64-bit numbers, one per item: step, configuration, data, code, learning rates,
 decisions of the guard, and checksums of parameters that every rank holds whole. One all-gather of
@@ -19,6 +19,7 @@ import hashlib
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -40,7 +41,7 @@ def digest(value: object) -> int:
 
 
 def code_digest() -> int:
-    """Of the sources of this package, wherever they are installed, and of the libraries' versions."""
+    """Of this package's sources, wherever they are installed, and of the libraries' versions."""
     from ultramem_ds.sharding.deepspeed_import import deepspeed
 
     package = Path(__file__).resolve().parents[1]
@@ -51,7 +52,8 @@ def code_digest() -> int:
 
 def replicated(model: nn.Module) -> dict[str, Tensor]:
     """The parameters that every rank holds whole, by name."""
-    found = {}
+    found: dict[str, Tensor] = {}
+    param: Any
     for name, param in model.named_parameters():
         if not getattr(param, "allreduce", True):  # DeepSpeed's mark of experts
             continue

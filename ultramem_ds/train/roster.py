@@ -62,10 +62,11 @@ class Presence:
 
 @dataclass(frozen=True)
 class Alarm:
-    """Why a job ends: ``kind`` is failure or hang."""
+    """Why a job ends: ``kind`` is failure or hang; every rank exits with ``code``."""
 
     kind: str
     rank: int
+    code: int
     text: str
 
 
@@ -121,9 +122,9 @@ class Roster:
                     found.append(presence)
         return found
 
-    def raise_alarm(self, kind: str, text: str) -> bool:
+    def raise_alarm(self, kind: str, code: int, text: str) -> bool:
         """Say why the job ends; False if another rank has said so before."""
-        content = json.dumps(asdict(Alarm(kind, self.rank, text)))
+        content = json.dumps(asdict(Alarm(kind, self.rank, code, text)))
         temporary = self.directory / f".alarm-{self.rank:05d}"
         temporary.write_text(content)
         try:

@@ -34,7 +34,7 @@ from ultramem_ds.sharding.comm import is_lost_connection
 from ultramem_ds.sharding.runtime import Ranks
 from ultramem_ds.train.faultlog import log_fault
 from ultramem_ds.train.phases import Phases
-from ultramem_ds.train.roster import Presence, Roster
+from ultramem_ds.train.roster import Alarm, Presence, Roster
 from ultramem_ds.utils.processes import is_alive, kill_children, launchers_above, wait_until
 
 EXIT_FAILED = 1  # an unexpected error, or a rank that died
@@ -45,7 +45,7 @@ EXIT_ORPHANED = 4
 POLL_S = 1.0  # between two looks at launcher and alarm
 SIGN_S = 2.0  # between two signatures in the roster, for up to 64 ranks
 ORPHAN_S = 60.0  # for a rank without a launcher to save and end
-GRACE_S = 5.0  # for other ranks to write their stacks
+GRACE_S = 5.0  # for other ranks to write their stacks, or to say why they end
 # Beyond train.watchdog_s: what is slow without being stuck.
 START_S = 1800.0  # building or loading model and kernels, before the first step
 FIRST_STEP_S = 600.0  # autotuning, allocation, the loader's first batches
@@ -126,16 +126,15 @@ class Watchdog:
                 text = f"{lost} ({reason.splitlines()[0]})"
         if not expected:
             text += "\n" + "".join(traceback.format_exception(error)).rstrip()
-        first = self._roster.raise_alarm("failure", text)
+        code = EXIT_REFUSED if isinstance(error, ValueError | OSError) else EXIT_FAILED
+        first = self._roster.raise_alarm("failure", code, text)
         if self._ranks.world_size == 1:
             details = {"rank": here.rank, "step": here.step, "phase": here.phase}
             log_fault(self._run_dir, "failure", text if not expected else "", **details)
             return
-        self._end(
-            "failure",
-            f"error: {text}" if first else "",
-            EXIT_REFUSED if isinstance(error, ValueError | OSError) else EXIT_FAILED,
-        )
+        alarm = self._roster.alarm()
+        assert alarm is not None
+        self._end("failure", f"error: {text}" if first else "", alarm.code)
 
     def _something_is_wrong(self) -> bool:
         return self._roster.alarm() is not None or bool(self._dead())
@@ -157,7 +156,7 @@ class Watchdog:
             self._look_for_launcher(now)
             alarm = self._roster.alarm()
             if alarm is not None:
-                self._follow(alarm.kind)
+                self._follow(alarm)
             if now - signed > sign_s:
                 self._roster.sign()
                 signed = now
@@ -180,15 +179,14 @@ class Watchdog:
         elif now - self._orphaned_at > ORPHAN_S:
             self._end("orphaned", "", EXIT_ORPHANED)
 
-    def _follow(self, kind: str) -> None:
+    def _follow(self, alarm: Alarm) -> None:
         """Another rank has raised the alarm."""
-        if kind == "hang":
+        if alarm.kind == "hang":
             self._dump()
             self._ended.wait(GRACE_S + 3 * POLL_S)  # who raised it shall print, and end first
-            self._end(kind, "", EXIT_HANG)
-        # A failing main thread says why by itself; one that waits for a peer cannot.
-        self._ended.wait(GRACE_S)
-        self._end(kind, "", EXIT_FAILED)
+        else:  # a failing main thread says why by itself; one that waits for a peer cannot
+            self._ended.wait(GRACE_S)
+        self._end(alarm.kind, "", alarm.code)
 
     def _look_for_hang(self, now: float) -> None:
         phases = self._phases
@@ -203,8 +201,8 @@ class Watchdog:
             f"watchdog: rank {self._ranks.rank} has been at {self._roster.here().where()} for "
             f"{stuck_s:.0f} s (train.watchdog_s={self._watchdog_s:g}, {limit_s:g} s for this phase)"
         )
-        if not self._roster.raise_alarm("hang", text):
-            self._follow("hang")
+        if not self._roster.raise_alarm("hang", EXIT_HANG, text):
+            return  # another rank was faster: its alarm is seen at the next look
         self._dump()
         others = self._roster.others()
         wait_until(lambda: all(self._answered(other) for other in others), GRACE_S)
