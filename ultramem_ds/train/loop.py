@@ -51,7 +51,7 @@ def train(run: Run) -> dict[str, Any]:
                 _prepare_run_dir(run)
         stack.enter_context(Watchdog(run.run_dir, ranks, phases, run.config.train.watchdog_s))
         # An earlier job may have saved once more before it let go of the directory.
-        latest = checkpoints.latest_checkpoint(run.run_dir)
+        latest = checkpoints.newest_readable(run.run_dir)
         return _train(replace(run, resume_from=latest), ranks, phases, stop)
 
 

@@ -1,0 +1,93 @@
+"""Who may take how long, what counts as a launcher, one job per run directory."""
+
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+
+from ultramem_ds.train.phases import Phases
+from ultramem_ds.train.roster import Roster
+from ultramem_ds.train.runlock import only_job
+from ultramem_ds.train.watchdog import FIRST_STEP_S, LONG_PHASE_S, START_S, allowed_s
+from ultramem_ds.utils.processes import find_process, is_alive, is_launcher, launchers_above
+
+
+def test_what_is_slow_without_being_stuck_gets_more_time() -> None:
+    assert allowed_s(60, "start", 0, 0) == 60 + START_S
+    assert allowed_s(60, "forward", 11, 11) == 60 + FIRST_STEP_S
+    assert allowed_s(60, "forward", 12, 11) == 60
+    assert allowed_s(60, "save", 12, 11) == 60 + LONG_PHASE_S["save"]
+    assert allowed_s(60, "validate", 11, 11) == 60 + LONG_PHASE_S["validate"]
+
+
+def test_launchers() -> None:
+    python = "/usr/bin/python3"
+    for command in (
+        [python, "-m", "deepspeed.launcher.runner", "--num_gpus", "2"],
+        [python, "-u", "-m", "deepspeed.launcher.launch", "--world_info=e30="],
+        [python, "/opt/venv/bin/deepspeed", "--module", "ultramem_ds", "train"],
+        [python, "-m", "ultramem_ds.launcher", "--num_gpus", "2"],
+        ["bash", "launch/multi_node.sh", "train"],
+        [python, "/opt/venv/bin/torchrun", "-m", "ultramem_ds"],
+    ):
+        assert is_launcher(command), command
+    for command in (["bash"], ["bash", "-c", "deepspeed --module ultramem_ds train"], ["sshd"], []):
+        assert not is_launcher(command), command
+    assert launchers_above() == []  # one process hangs on nobody
+
+
+def test_processes_are_told_apart() -> None:
+    child = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
+    created = psutil.Process(child.pid).create_time()
+    found = find_process(child.pid, created)
+    assert found is not None and is_alive(found)
+    assert find_process(child.pid, created - 1) is None  # the number alone could be another's
+    child.kill()
+    time.sleep(0.2)
+    assert not is_alive(found)  # nobody has waited for it yet
+    child.wait()
+    assert find_process(child.pid, created) is None
+
+
+HOLD = """
+import sys, time
+from pathlib import Path
+from ultramem_ds.train.runlock import only_job
+with only_job(Path(sys.argv[1])):
+    print("held", flush=True)
+    time.sleep(60)
+"""
+
+
+def test_one_job_per_run_directory(tmp_path: Path) -> None:
+    command = [sys.executable, "-c", HOLD, str(tmp_path)]
+    other = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    assert other.stdout is not None and other.stdout.readline() == "held\n"
+    with pytest.raises(ValueError, match=f"in use by pid {other.pid}"), only_job(tmp_path, 0.6):
+        pass
+    other.kill()  # lets go, however it ends
+    with only_job(tmp_path, 5.0):
+        pass
+    other.wait()
+
+
+def test_first_alarm_wins(tmp_path: Path) -> None:
+    Roster.reset(tmp_path)
+    phases = Phases()
+    phases.step = 3
+    first, second = (Roster(tmp_path, rank, phases) for rank in (0, 1))
+    first.sign()
+    second.sign()
+    assert [other.rank for other in first.others()] == [1]
+    assert first.others()[0].where() == "step 3, phase start"
+    assert first.others()[0].state() in ("running", "sleeping", "disk-sleep")
+    assert first.alarm() is None
+    assert second.raise_alarm("failure", 2, "first") and not first.raise_alarm("hang", 3, "late")
+    alarm = first.alarm()
+    assert alarm is not None and (alarm.kind, alarm.rank, alarm.code) == ("failure", 1, 2)
+    Roster.reset(tmp_path)
+    assert first.alarm() is None and os.listdir(first.directory) == []
