@@ -27,7 +27,6 @@ def no_clock(phase: str) -> AbstractContextManager[None]:
     return nullcontext()
 
 
-
 class Job(Protocol):
     """Work handed to an executor."""
 

@@ -16,6 +16,7 @@ from ultramem_ds.data.tokenizers import load_tokenizer
 from ultramem_ds.sharding.comm import Comm
 from ultramem_ds.sharding.runtime import Ranks, runtime
 from ultramem_ds.train import checkpoint as checkpoints
+from ultramem_ds.train.board import hyper_parameters
 from ultramem_ds.train.engine import StepResult, TrainEngine
 from ultramem_ds.train.evaluate import Reader, SubsetLoss, evaluate
 from ultramem_ds.train.faultlog import log_fault
@@ -140,7 +141,10 @@ class _Loop:
     def _run_steps(self) -> int:
         """From ``done_step`` to the last step, or to a signal; returns the step reached."""
         train = self.config.train
-        writer = MetricsWriter(self.run.run_dir, self.done_step + 1) if self.ranks.is_main else None
+        writer = None
+        if self.ranks.is_main:
+            hyper = hyper_parameters(self.config, self.ranks.world_size)
+            writer = MetricsWriter(self.run.run_dir, self.done_step + 1, hyper)
         loader = BatchLoader(
             self.mixture,
             global_batch_size=train.global_batch_size,
@@ -156,8 +160,9 @@ class _Loop:
         )
         try:
             micro_batches = iter(loader)
+            self.engine.telemetry.start()
             for step in range(self.done_step, self.last_step):
-                self.engine.phases.step = step + 1
+                self.engine.phases.begin_step(step + 1)
                 begin = time.perf_counter()
                 result = self.engine.train_step(micro_batches, step)
                 self.step_times_s.append(time.perf_counter() - begin)
@@ -241,6 +246,7 @@ class _Loop:
             **{f"data/{name}": share for name, share in self._shares(step).items()},
             "tokens_per_s": self.tokens_per_step / step_time_s,
             "step_time_s": step_time_s,
+            **self.engine.telemetry.read(self.tokens_per_step / step_time_s),
         }
 
     def _console_line(self, step: int, result: StepResult) -> str:
@@ -293,6 +299,8 @@ class _Loop:
             "val_loss": self.val_loss,
             "tokens_per_s": self.tokens_per_step / steady[len(steady) // 2],
             "peak_memory_bytes": int(self.engine.comm.all_reduce_max_(peak)),
+            "phase_s": self.engine.telemetry.finish(),
+            "peak_flops_from": self.engine.telemetry.peak_source,
         }
         if self.ranks.is_main:
             write_json(self.run.run_dir / "summary.json", summary)

@@ -73,6 +73,11 @@ class Telemetry:
             record["wire_bytes/total"] = sum(new.values())
         return record
 
+    def finish(self) -> dict[str, float]:
+        """Seconds of rank 0 by phase since the first step, up to now."""
+        self.totals_s.update(self._phases.take_seconds())
+        return {name: round(seconds, 3) for name, seconds in self.totals_s.items()}
+
     def _bytes_sent(self) -> Counter[str]:
         """Bytes that lookups and copies of the tables have sent from this rank, by category."""
         total: Counter[str] = Counter()
