@@ -22,6 +22,7 @@ VERBS = {
     "plan": "plan",
     "bench": "bench",
     "report": "report",
+    "doctor": "doctor",
 }
 
 
