@@ -14,65 +14,70 @@ from tensorboard.compat.proto.summary_pb2 import Summary
 from torch.utils.tensorboard import FileWriter
 from torch.utils.tensorboard.summary import custom_scalars, hparams
 
-from ultramem_ds.config.load import to_dict
 from ultramem_ds.config.schema import Config
 from ultramem_ds.model.accounting import count
 
+# TensorBoard sorts groups by name and opens the first two: the numbers put what matters first.
+VALIDATION_GROUP = "2_validation"
+
 # Key of metrics.jsonl -> (tag, factor to the tag's unit).
 _TAGS: dict[str, tuple[str, float]] = {
-    "loss": ("loss/train", 1.0),
-    "aux_loss": ("loss/memory_auxiliary", 1.0),
-    "balance_loss": ("loss/expert_balance", 1.0),
-    "grad_norm": ("grad_norm/total", 1.0),
-    "grad_norm_dense": ("grad_norm/dense", 1.0),
-    "grad_norm_tables": ("grad_norm/tables", 1.0),
-    "lr": ("learning_rate/dense", 1.0),
-    "lr_values": ("learning_rate/tables", 1.0),
-    "tokens_per_s": ("throughput/tokens_per_s", 1.0),
-    "model_flops_per_s": ("throughput/model_gflops_per_s", 1e-9),
-    "mfu": ("throughput/model_flops_utilisation", 1.0),
-    "step_time_s": ("throughput/step_ms", 1e3),
-    "tokens": ("throughput/tokens", 1.0),
-    "memory_bytes": ("memory_mb/current", 1e-6),
-    "peak_memory_bytes": ("memory_mb/peak", 1e-6),
+    "loss": ("1_loss/train", 1.0),
+    "aux_loss": ("1_loss/memory_auxiliary", 1.0),
+    "balance_loss": ("1_loss/expert_balance", 1.0),
+    "grad_norm": ("5_grad_norm/total", 1.0),
+    "grad_norm_dense": ("5_grad_norm/dense", 1.0),
+    "grad_norm_tables": ("5_grad_norm/tables", 1.0),
+    "lr": ("6_learning_rate/dense", 1.0),
+    "lr_values": ("6_learning_rate/tables", 1.0),
+    "tokens_per_s": ("3_throughput/tokens_per_s", 1.0),
+    "model_flops_per_s": ("3_throughput/model_gflops_per_s", 1e-9),
+    "mfu": ("3_throughput/model_flops_utilisation", 1.0),
+    "step_time_s": ("3_throughput/step_ms", 1e3),
+    "tokens": ("3_throughput/tokens", 1.0),
+    "memory_bytes": ("8_memory_mb/current", 1e-6),
+    "peak_memory_bytes": ("8_memory_mb/peak", 1e-6),
 }
 # First part of a key with a slash -> (group, factor).
 _GROUPS: dict[str, tuple[str, float]] = {
-    "time_s": ("time_ms", 1e3),
-    "wire_bytes": ("wire_mb", 1e-6),
-    "data": ("data_share", 1.0),
+    "time_s": ("4_time_ms", 1e3),
+    "wire_bytes": ("8_wire_mb", 1e-6),
+    "data": ("9_data_share", 1.0),
 }
-OTHER = "guards"  # keys without a place of their own: counters of the guards
+OTHER = "9_guards"  # keys without a place of their own: counters of the guards
 
 # Page "Custom scalars": charts that hold every run, by what one asks of them.
 _LAYOUT = {
     "1 Quality": {
-        "training loss (nats per token)": ["Multiline", ["loss/train"]],
-        "validation loss (nats per token)": ["Multiline", ["validation/all"]],
-        "validation loss by subset": ["Multiline", [r"validation/(?!all$).*"]],
+        "training loss (nats per token)": ["Multiline", ["1_loss/train"]],
+        "validation loss (nats per token)": ["Multiline", ["2_validation/all"]],
+        "validation loss by subset": ["Multiline", [r"2_validation/(?!all$).*"]],
     },
     "2 Stability": {
-        "gradient norm before clipping": ["Multiline", ["grad_norm/total"]],
-        "gradient norm by kind of parameter": ["Multiline", [r"grad_norm/(dense|tables)"]],
-        "learning rates": ["Multiline", [r"learning_rate/.*"]],
+        "gradient norm before clipping": ["Multiline", ["5_grad_norm/total"]],
+        "gradient norm by kind of parameter": ["Multiline", [r"5_grad_norm/(dense|tables)"]],
+        "learning rates": ["Multiline", [r"6_learning_rate/.*"]],
     },
     "3 Speed": {
-        "tokens per second": ["Multiline", ["throughput/tokens_per_s"]],
-        "model FLOPs utilisation": ["Multiline", ["throughput/model_flops_utilisation"]],
-        "time by phase (ms per step, rank 0)": ["Multiline", [r"time_ms/.*"]],
-        "memory of rank 0 (MB)": ["Multiline", [r"memory_mb/.*"]],
-        "table traffic of rank 0 (MB per step)": ["Multiline", ["wire_mb/total"]],
+        "tokens per second": ["Multiline", ["3_throughput/tokens_per_s"]],
+        "model FLOPs utilisation": ["Multiline", ["3_throughput/model_flops_utilisation"]],
+        "memory of rank 0 (MB)": ["Multiline", [r"8_memory_mb/.*"]],
+        "table traffic of rank 0 (MB per step)": ["Multiline", ["8_wire_mb/total"]],
     },
-    "4 Sparse parts": {
-        "rows of the tables touched": ["Multiline", [r"memory_layers/rows_touched/.*"]],
-        "recall of the top-m search": ["Multiline", [r"memory_layers/recall/.*"]],
-        "busiest expert / mean": ["Multiline", [r"expert_load/busiest/.*"]],
+    "4 Time of rank 0 (ms per step)": {
+        phase: ["Multiline", [f"4_time_ms/{phase}"]]
+        for phase in ("data", "forward", "lookup", "backward", "optimizer", "save")
     },
-    "5 Data": {"realised share of each subset": ["Multiline", [r"data_share/.*"]]},
+    "5 Sparse parts": {
+        "rows of the tables touched": ["Multiline", [r"7_memory_layers/rows_touched/.*"]],
+        "recall of the top-m search": ["Multiline", [r"7_memory_layers/recall/.*"]],
+        "busiest expert / mean": ["Multiline", [r"7_expert_load/busiest/.*"]],
+    },
+    "6 Data": {"realised share of each subset": ["Multiline", [r"9_data_share/.*"]]},
 }
 
 # What the page "HParams" compares; runs of all kinds have all of them.
-_RESULTS = ("validation/all", "loss/train", "throughput/tokens_per_s", "memory_mb/peak")
+_RESULTS = ("2_validation/all", "1_loss/train", "3_throughput/tokens_per_s", "8_memory_mb/peak")
 
 
 def scalars(record: Mapping[str, Any]) -> dict[str, float]:
@@ -85,8 +90,8 @@ def scalars(record: Mapping[str, Any]) -> dict[str, float]:
         if key == "expert_share":
             for block, shares in enumerate(value):
                 mean = max(sum(shares) / len(shares), 1e-12)
-                tagged[f"expert_load/busiest/block_{block}"] = max(shares) / mean
-                tagged[f"expert_load/idlest/block_{block}"] = min(shares) / mean
+                tagged[f"7_expert_load/busiest/block_{block}"] = max(shares) / mean
+                tagged[f"7_expert_load/idlest/block_{block}"] = min(shares) / mean
         elif key != "step" and isinstance(value, int | float):
             tag, factor = _place(key)
             tagged[tag] = value * factor
@@ -98,7 +103,7 @@ def _place(key: str) -> tuple[str, float]:
         return _TAGS[key]
     head, _, rest = key.partition("/")
     if head.startswith("layer_"):
-        return f"memory_layers/{rest}/{head}", 1.0
+        return f"7_memory_layers/{rest}/{head}", 1.0
     if head in _GROUPS:
         group, factor = _GROUPS[head]
         return f"{group}/{rest}", factor
@@ -107,27 +112,19 @@ def _place(key: str) -> tuple[str, float]:
 
 def hyper_parameters(config: Config, world_size: int) -> dict[str, bool | str | float | int]:
     """The settings that runs are compared by, the same names for every kind of model."""
-    size, values = count(config), to_dict(config)
-    chosen: dict[str, bool | str | float | int] = {
-        "preset": config.preset,
+    return {
+        "global_batch_size": config.train.global_batch_size,
         "kind": config.model.kind,
-        "params": size.params,
-        "flops_per_token": size.flops_per_token,
+        "lr": config.optim.lr,
+        "max_steps": config.train.max_steps,
+        "params": count(config).params,
+        "partition": config.memory.partition if config.has_memory else "-",
+        "precision": config.train.precision,
+        "preset": config.preset,
+        "seed": config.train.seed,
+        "seq_len": config.model.seq_len,
         "world_size": world_size,
     }
-    keys = (
-        "model.hidden_size model.num_layers model.seq_len model.dropout memory.knum "
-        "memory.partition moe.num_experts optim.lr optim.weight_decay train.global_batch_size "
-        "train.max_steps train.precision train.seed"
-    )
-    own_section = {"memory": config.has_memory, "moe": config.model.kind == "moe"}
-    for key in keys.split():
-        section, name = key.split(".")
-        value = values[section][name]
-        # A column has one type in all runs: 0 or "-" where the kind has no such thing.
-        absent: str | int = "-" if isinstance(value, str) else 0
-        chosen[key] = value if own_section.get(section, True) else absent
-    return chosen
 
 
 class Board:

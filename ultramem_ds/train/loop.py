@@ -189,6 +189,7 @@ class _Loop:
         if (train.eval_every and step % train.eval_every == 0) or step == train.max_steps:
             with self.engine.phases("validate"):
                 self._validate(step, writer)
+            self.engine.telemetry.charge("validate")
         self.engine.advance_save()
         final = last or self.engine.stopping
         if final or (train.save_every and step % train.save_every == 0):

@@ -13,7 +13,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from ultramem_ds.train.board import Board, scalars
+from ultramem_ds.train.board import VALIDATION_GROUP, Board, scalars
 
 METRICS = "metrics.jsonl"
 VALIDATION = "validation.jsonl"
@@ -91,5 +91,7 @@ class MetricsWriter:
         """Write validation losses by subset, nats per token; ``all`` is the token-weighted mean."""
         self._validation.write(json.dumps({"step": step, **losses}) + "\n")
         self._validation.flush()
-        self._board.write(step, {f"validation/{name}": loss for name, loss in losses.items()})
+        self._board.write(
+            step, {f"{VALIDATION_GROUP}/{name}": loss for name, loss in losses.items()}
+        )
         self._board.flush()

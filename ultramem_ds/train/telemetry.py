@@ -10,7 +10,7 @@ from ultramem_ds.model.accounting import training_flops_per_token
 from ultramem_ds.sharding.runtime import Ranks
 from ultramem_ds.train.memory_use import memory_bytes, peak_memory_bytes
 from ultramem_ds.train.peak_flops import peak_flops_per_s
-from ultramem_ds.train.phases import Phases
+from ultramem_ds.train.phases import START, Phases
 
 if TYPE_CHECKING:
     from ultramem_ds.sharding.parallelize import ParallelModel
@@ -41,11 +41,17 @@ class Telemetry:
         self._comms = parallel.table_comms
         self._sent: Counter[str] = Counter()
         self._phases = phases
+        self._between: Counter[str] = Counter()
         self.totals_s: Counter[str] = Counter()
 
     def start(self) -> None:
         """Forget what came before the first step."""
         self._phases.take_seconds()
+        self._sent = self._bytes_sent()
+
+    def charge(self, phase: str) -> None:
+        """Call after ``phase``, between steps: its forwards are no step's lookups or traffic."""
+        self._between[phase] += sum(self._phases.take_seconds().values())
         self._sent = self._bytes_sent()
 
     def read(self, tokens_per_s: float) -> dict[str, float]:
@@ -54,7 +60,7 @@ class Telemetry:
         ``time_s/*`` is everything since the last call: the validation and the save that follow a
         step stand in the next step's line.
         """
-        seconds = self._phases.take_seconds()
+        seconds = self._take_seconds()
         self.totals_s.update(seconds)
         flops_per_s = tokens_per_s * self._flops_per_token
         record = {
@@ -75,8 +81,14 @@ class Telemetry:
 
     def finish(self) -> dict[str, float]:
         """Seconds of rank 0 by phase since the first step, up to now."""
-        self.totals_s.update(self._phases.take_seconds())
+        self.totals_s.update(self._take_seconds())
         return {name: round(seconds, 3) for name, seconds in self.totals_s.items()}
+
+    def _take_seconds(self) -> dict[str, float]:
+        seconds = {k: v for k, v in self._phases.take_seconds().items() if k != START}
+        seconds.update(self._between)
+        self._between.clear()
+        return seconds
 
     def _bytes_sent(self) -> Counter[str]:
         """Bytes that lookups and copies of the tables have sent from this rank, by category."""
