@@ -49,11 +49,11 @@ def _nothing(data: Path) -> None:
 DATA = [
     Case(
         "Prepared data",
-        "directory missing",
+        "data directory missing",
         lambda scene: scene.train(*FITS, data=scene.root / "nowhere"),
         ("nowhere", "prepare"),
     ),
-    _data("directory empty", _nothing, "manifest.json", "prepare"),
+    _data("data directory empty", _nothing, "manifest.json", "prepare"),
     _data("manifest torn", lambda d: _cut(d / "manifest.json"), "manifest.json", "JSON"),
     _data("manifest of a newer version", lambda d: _edit(d / "manifest.json", version=99),
           "manifest.json", "99"),
@@ -98,7 +98,7 @@ SOURCES = [
     _source("no record with text", "texts/a.jsonl", '{"title": "x"}\n' * 3, "text"),
     Case(
         "Text for `prepare`",
-        "tokenizer missing",
+        "tokenizer file missing",
         lambda scene: [
             *scene.prepare(scene.file("a.jsonl", '{"text": "x"}\n'))[:-1],
             str(scene.root / "none.json"),
@@ -190,9 +190,9 @@ CHECKPOINTS = [
     _checkpoint("trainer state torn", lambda c: _cut(c / "trainer.json"), "trainer.json"),
     _checkpoint("trainer state of something else",
                 lambda c: (c / "trainer.json").write_text('{"a": 1}'), "trainer.json"),
-    _checkpoint("file truncated", lambda c: _cut(_weights(c)), "optim_states.pt"),
+    _checkpoint("checkpoint file truncated", lambda c: _cut(_weights(c)), "optim_states.pt"),
     _checkpoint("one bit flipped", lambda c: _flip(_weights(c)), "optim_states.pt"),
-    _checkpoint("file missing", lambda c: _weights(c).unlink(), "optim_states.pt"),
+    _checkpoint("checkpoint file missing", lambda c: _weights(c).unlink(), "optim_states.pt"),
     _checkpoint("layout torn", lambda c: _cut(c / "layout.json"), "layout.json"),
     _checkpoint("layout missing", lambda c: (c / "layout.json").unlink(), "layout.json"),
     _resumed("another learning rate on resume", "optim.lr=1.0", "optim.lr=", "not 1.0",

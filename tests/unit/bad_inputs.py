@@ -186,14 +186,22 @@ CONFIGURATION = [
               "16 experts", "moe.expert_parallel_size", preset="moe-debug"),
     _launched("sub-groups not dividing the ranks", 4, "memory.shard_group_size=3",
               "memory.shard_group_size=3", "4 data-parallel ranks", preset="ultramem-debug"),
-    _launched("columns not divisible by ranks", 8, "memory.partition=dimension-wise",
-              "dimension-wise", "memory.value_dim", preset="ultramem-debug"),
+    Case(
+        "Configuration",
+        "columns not divisible by ranks",
+        lambda scene: (
+            scene.environment.update(WORLD_SIZE="3"),
+            scene.train(FITS[0], "train.global_batch_size=18", "memory.partition=dimension-wise",
+                        preset="ultramem-debug"),
+        )[1],
+        ("dimension-wise", "3 ranks"),
+    ),
 ]  # fmt: skip
 
 DEEPSPEED = [
     Case(
         "DeepSpeed JSON",
-        "file missing",
+        "DeepSpeed file missing",
         lambda scene: scene.train(*FITS, "--deepspeed", str(scene.root / "none.json")),
         ("none.json", "no such file"),
     ),

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 from pathlib import Path
 
 
@@ -37,6 +36,7 @@ def run(arguments: argparse.Namespace) -> int:
     from ultramem_ds.doctor.finding import describe, must_fix, to_json
     from ultramem_ds.doctor.inputs import Wanted, check_inputs
     from ultramem_ds.doctor.ranks import check_ranks, joined
+    from ultramem_ds.utils import environment
 
     if arguments.overrides and not arguments.preset:
         raise ValueError(f"{arguments.overrides[0]!r} overrides a preset: name it with --preset")
@@ -46,7 +46,7 @@ def run(arguments: argparse.Namespace) -> int:
         data=arguments.data,
         run_dir=arguments.run_dir,
         deepspeed=arguments.deepspeed,
-        world_size=int(os.environ.get("WORLD_SIZE", "1")),
+        world_size=environment.world_size(),
     )
     with joined() as ranks:
         of_ranks = list(check_ranks(ranks))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import os
 from pathlib import Path
 
 
@@ -68,8 +67,9 @@ def run(arguments: argparse.Namespace) -> int:
     from ultramem_ds.train.dry_run import describe, dry_run
     from ultramem_ds.train.loop import train
     from ultramem_ds.train.run import prepare_run
+    from ultramem_ds.utils import environment
 
-    world_size = int(os.environ.get("WORLD_SIZE", "1"))
+    world_size = environment.world_size()
     if "world_size" in arguments:
         if not arguments.dry_run:
             raise ValueError(
@@ -89,7 +89,7 @@ def run(arguments: argparse.Namespace) -> int:
         [parse_range(text) for text in arguments.skip_samples],
     )
     if arguments.dry_run:
-        if int(os.environ.get("RANK", "0")) == 0:
+        if environment.rank() == 0:
             print(describe(dry_run(checked)))
         return 0
     train(checked)

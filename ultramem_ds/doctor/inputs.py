@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 from ultramem_ds.config.load import load_config
@@ -27,7 +26,7 @@ class Wanted:
     data: Path | None = None
     run_dir: Path | None = None
     deepspeed: Path | None = None
-    world_size: int = field(default_factory=lambda: int(os.environ.get("WORLD_SIZE", "1")))
+    world_size: int = 1
 
     def disk_bytes(self) -> int:
         """For all checkpoints that are kept, and the next; 0 where the configuration is bad."""

@@ -15,7 +15,6 @@ import torch
 from ultramem_ds.config.deepspeed import offload_device, zero_stage
 from ultramem_ds.config.schema import Config
 from ultramem_ds.data.manifest import load_manifest
-from ultramem_ds.data.mixture import Mixture
 from ultramem_ds.model.accounting import count, training_flops_per_token
 from ultramem_ds.sharding.planner import Plan, make_plan
 from ultramem_ds.train import checkpoint as checkpoints
@@ -107,10 +106,6 @@ def dry_run(run: Run) -> dict[str, Any]:
     config, batches = run.config, run.batches
     fixed = replace(config, train=replace(config.train, micro_batch_size=batches.micro_batch_size))
     plan = make_plan(fixed, run.world_size, zero_stage(run.deepspeed_json))
-    seed, weights = config.train.seed, config.data.weights
-    mixture = Mixture(
-        run.data_dir, "train", seq_len=config.model.seq_len, weights=weights, seed=seed
-    )
     done = 0
     if run.resume_from is not None:
         done = checkpoints.read_trainer_state(run.resume_from).step
@@ -137,7 +132,7 @@ def dry_run(run: Run) -> dict[str, Any]:
         "steps_to_do": to_do,
         "tokens_to_do": to_do * tokens_per_step,
         "prepared_tokens": prepared,
-        "subsets": list(mixture.subsets),
+        "subsets": list(run.mixture.subsets),
         "memory_bytes": {
             name: getattr(plan.memory, name)
             for name in ("weights", "gradients", "optimizer", "activations", "total")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -58,15 +57,6 @@ def _train(run: Run, ranks: Ranks, phases: Phases, stop: StopRequest) -> dict[st
     last_step = config.train.max_steps
     if config.train.stop_at_step:
         last_step = min(last_step, config.train.stop_at_step)
-    mixture = Mixture(
-        run.data_dir,
-        "train",
-        seq_len=config.model.seq_len,
-        weights=config.data.weights,
-        seed=config.train.seed,
-    )
-    if run.resume_from is not None:
-        _check_data(run.resume_from, mixture)
     if done_step >= last_step:
         if ranks.is_main:
             print(f"{run.run_dir} is finished: step {done_step} of {last_step}", flush=True)
@@ -81,7 +71,7 @@ def _train(run: Run, ranks: Ranks, phases: Phases, stop: StopRequest) -> dict[st
     skips = skips_of(run.skip_samples, state)
     if skips.ranges and ranks.is_main:
         print(f"jumping over samples {format_ranges(skips.ranges)}", flush=True)
-    return _Loop(run, ranks, engine, mixture, skips, done_step, last_step).run_to_end()
+    return _Loop(run, ranks, engine, run.mixture, skips, done_step, last_step).run_to_end()
 
 
 def _prepare_run_dir(run: Run) -> None:
@@ -90,15 +80,6 @@ def _prepare_run_dir(run: Run) -> None:
     write_json(run.run_dir / "deepspeed.json", run.deepspeed_json)
     load_tokenizer(run.data_dir).save(run.run_dir)
     Roster.reset(run.run_dir)
-
-
-def _check_data(checkpoint: Path, mixture: Mixture) -> None:
-    old = checkpoints.read_trainer_state(checkpoint).data_fingerprint
-    if old != mixture.fingerprint:
-        raise ValueError(
-            f"{checkpoint} was trained on other data (fingerprint {old[:12]}, here "
-            f"{mixture.fingerprint[:12]}); use the same --data or another --run-dir"
-        )
 
 
 class _Loop:

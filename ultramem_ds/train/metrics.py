@@ -33,11 +33,14 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
         if not line:
             continue
         try:
-            records.append(json.loads(line))
+            record = json.loads(line)
         except json.JSONDecodeError:
             if number == len(lines):
                 break
-            raise ValueError(f"{path}:{number} is not valid JSON") from None
+            raise ValueError(f"{path}:{number} is not valid JSON: delete that line") from None
+        if not isinstance(record, dict) or "step" not in record:
+            raise ValueError(f"{path}:{number} is not a record with a step: delete that line")
+        records.append(record)
     return records
 
 

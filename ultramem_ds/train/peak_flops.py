@@ -23,6 +23,24 @@ _BF16_TFLOPS = (
 )
 
 
+def peak_from_environment() -> float | None:
+    """``ULTRAMEM_PEAK_TFLOPS`` in FLOP/s, None where it is not set.
+
+    Raises:
+        ValueError: it is no positive number.
+    """
+    text = os.environ.get(ENVIRONMENT)
+    if text is None:
+        return None
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not 0.0 < value < float("inf"):
+        raise ValueError(f"{ENVIRONMENT}={text!r} must be a positive number of TFLOP/s")
+    return value * 1e12
+
+
 def peak_flops_per_s(device: torch.device, precision: str) -> tuple[float, str]:
     """Peak FLOP/s of one rank, and where the number is from.
 
@@ -31,17 +49,11 @@ def peak_flops_per_s(device: torch.device, precision: str) -> tuple[float, str]:
     those of one machine share its cores as in training.
 
     Raises:
-        ValueError: if the environment's value is no positive number.
+        ValueError: see :func:`peak_from_environment`.
     """
-    text = os.environ.get(ENVIRONMENT)
-    if text is not None:
-        try:
-            value = float(text)
-        except ValueError:
-            value = 0.0
-        if not 0.0 < value < float("inf"):
-            raise ValueError(f"{ENVIRONMENT}={text!r} must be a positive number of TFLOP/s")
-        return value * 1e12, ENVIRONMENT
+    told = peak_from_environment()
+    if told is not None:
+        return told, ENVIRONMENT
     if device.type == "cuda" and precision == "bf16":
         name = torch.cuda.get_device_name(device)
         for part, tflops in _BF16_TFLOPS:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from ultramem_ds.config.schema import Config
@@ -41,8 +42,8 @@ class Telemetry:
         self._comms = parallel.table_comms
         self._sent: Counter[str] = Counter()
         self._phases = phases
-        self._between: Counter[str] = Counter()
-        self.totals_s: Counter[str] = Counter()
+        self._between: dict[str, float] = {}
+        self.totals_s: dict[str, float] = {}
 
     def start(self) -> None:
         """Forget what came before the first step."""
@@ -51,7 +52,7 @@ class Telemetry:
 
     def charge(self, phase: str) -> None:
         """Call after ``phase``, between steps: its forwards are no step's lookups or traffic."""
-        self._between[phase] += sum(self._phases.take_seconds().values())
+        _add(self._between, {phase: sum(self._phases.take_seconds().values())})
         self._sent = self._bytes_sent()
 
     def read(self, tokens_per_s: float) -> dict[str, float]:
@@ -61,9 +62,9 @@ class Telemetry:
         step stand in the next step's line.
         """
         seconds = self._take_seconds()
-        self.totals_s.update(seconds)
+        _add(self.totals_s, seconds)
         flops_per_s = tokens_per_s * self._flops_per_token
-        record = {
+        record: dict[str, float] = {
             **self._norms.read(),
             "model_flops_per_s": flops_per_s,
             "mfu": flops_per_s / self._peak_flops_per_s,
@@ -75,19 +76,19 @@ class Telemetry:
             sent = self._bytes_sent()
             new = sent - self._sent
             self._sent = sent
-            record |= {f"wire_bytes/{name}": size for name, size in new.items()}
-            record["wire_bytes/total"] = sum(new.values())
+            record |= {f"wire_bytes/{name}": float(size) for name, size in new.items()}
+            record["wire_bytes/total"] = float(sum(new.values()))
         return record
 
     def finish(self) -> dict[str, float]:
         """Seconds of rank 0 by phase since the first step, up to now."""
-        self.totals_s.update(self._take_seconds())
+        _add(self.totals_s, self._take_seconds())
         return {name: round(seconds, 3) for name, seconds in self.totals_s.items()}
 
     def _take_seconds(self) -> dict[str, float]:
         seconds = {k: v for k, v in self._phases.take_seconds().items() if k != START}
-        seconds.update(self._between)
-        self._between.clear()
+        _add(seconds, self._between)
+        self._between = {}
         return seconds
 
     def _bytes_sent(self) -> Counter[str]:
@@ -97,3 +98,8 @@ class Telemetry:
             for (category, _), size in comm.bytes_sent.items():
                 total[category] += size
         return total
+
+
+def _add(totals: dict[str, float], more: Mapping[str, float]) -> None:
+    for name, value in more.items():
+        totals[name] = totals.get(name, 0.0) + value
