@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeAlias
 
-from tests.conftest import VOCAB_SIZE
+from tests.conftest import RUN_OVERRIDES, VOCAB_SIZE
 
 FITS = (f"model.vocab_size={VOCAB_SIZE}", "train.micro_batch_size=2")
 
@@ -89,13 +89,6 @@ class Scene:
 
 
 Command: TypeAlias = Callable[[Scene], list[str]]
-
-# The run that cases damage: two steps of a small UltraMem model on one rank.
-RUN_OVERRIDES = (
-    "model.hidden_size=32 model.inner_size=64 model.seq_len=32 train.global_batch_size=4 "
-    f"model.vocab_size={VOCAB_SIZE} train.micro_batch_size=2 train.max_steps=4 memory.knum=10 "
-    "memory.top_m=4 memory.kdim=8 train.eval_sequences=2"
-).split()
 
 
 @dataclass(frozen=True)

@@ -16,9 +16,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.dist.launching import run_verb
 from tests.unit.bad_input_files import REST
-from tests.unit.bad_inputs import CONFIGURATION, DEEPSPEED, RUN_OVERRIDES, Case, Scene
+from tests.unit.bad_inputs import CONFIGURATION, DEEPSPEED, Case, Scene
 from ultramem_ds.cli.main import main
 
 CASES = [*CONFIGURATION, *DEEPSPEED, *REST]
@@ -33,18 +32,6 @@ class Answer:
     code: int
     line: str
     left: list[Path]
-
-
-@pytest.fixture(scope="module")
-def trained(prepared: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run of two steps with one checkpoint."""
-    run_dir = tmp_path_factory.mktemp("trained") / "run"
-    result = run_verb(
-        "train", "--preset", "ultramem-debug", "--data", str(prepared), "--run-dir", str(run_dir),
-        *RUN_OVERRIDES, "train.stop_at_step=2",
-    )  # fmt: skip
-    assert result.returncode == 0, result.stderr
-    return run_dir
 
 
 @pytest.fixture(scope="module")

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from ultramem_ds.config.deepspeed import load_deepspeed_json, zero_stage
 from ultramem_ds.config.load import load_config
 from ultramem_ds.data.manifest import Split, load_manifest
 from ultramem_ds.data.tokenizers import load_tokenizer
@@ -34,9 +35,10 @@ class Wanted:
             return 0
         try:
             config = load_config(self.preset, self.overrides)
+            stage = zero_stage(load_deepspeed_json(self.deepspeed, config.model.kind))
         except ValueError:  # a finding of check_inputs
             return 0
-        return checkpoint_bytes(config) * ((config.train.keep_last or 1) + 1)
+        return checkpoint_bytes(config, stage) * ((config.train.keep_last or 1) + 1)
 
 
 def check_inputs(wanted: Wanted) -> Iterator[Finding]:

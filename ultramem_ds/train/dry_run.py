@@ -38,11 +38,12 @@ class TimeEstimate:
     basis: str
 
 
-def checkpoint_bytes(config: Config) -> int:
-    """Size of one checkpoint on disk: fp32 masters, two moments and the weights in use."""
+def checkpoint_bytes(config: Config, stage: int) -> int:
+    """Size of one checkpoint on disk: fp32 masters, two moments, under ZeRO-1/2 the weights too."""
     size = count(config)
     params = size.params + size.norm_params + 2 * config.model.vocab_size * config.model.hidden_size
-    return params * (12 + (2 if config.train.precision == "bf16" else 4))
+    weight = 0 if stage == 3 else 2 if config.train.precision == "bf16" else 4
+    return params * (12 + weight)
 
 
 def existing_parent(path: Path) -> Path:
@@ -138,7 +139,7 @@ def dry_run(run: Run) -> dict[str, Any]:
             for name in ("weights", "gradients", "optimizer", "activations", "total")
         },
         "available_bytes": _available_bytes(),
-        "checkpoint_bytes": checkpoint_bytes(config),
+        "checkpoint_bytes": checkpoint_bytes(config, plan.zero_stage),
         "save_every": config.train.save_every,
         "checkpoints_kept": config.train.keep_last,
         "disk": str(here),
