@@ -19,7 +19,7 @@ OUTPUT ?= runs/data
 TOKENIZER ?= runs/demo/tokenizer.json
 LOGDIR ?= runs
 
-.PHONY: help install demo ablation clean-demo test lint format check train prepare tensorboard evaluate generate bench clean
+.PHONY: help install demo ablation clean-demo test bad-input lint format check train prepare tensorboard evaluate generate bench clean
 .DEFAULT_GOAL := help
 
 help: ## list the targets
@@ -45,6 +45,9 @@ clean-demo: ## forget the demo: corpus, data, runs
 
 test: install ## run the tests
 	$(PY) -m pytest
+
+bad-input: install ## write docs/bad-input.md anew from the messages of today
+	UPDATE_BAD_INPUT=1 $(PY) -m pytest tests/unit/test_bad_input.py
 
 lint: install ## ruff, mypy and the collectives check
 	$(PY) -m ruff check .

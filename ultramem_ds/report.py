@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from ultramem_ds.config.load import load_run_config
 from ultramem_ds.train.metrics import METRICS, VALIDATION, read_lines
-from ultramem_ds.utils.files import write_text
+from ultramem_ds.utils.files import read_json, write_text
 
 
 def read_run(run_dir: Path) -> dict[str, Any]:
@@ -25,7 +24,7 @@ def read_run(run_dir: Path) -> dict[str, Any]:
         "preset": config.preset,
         "metrics": read_lines(run_dir / METRICS),
         "validation": read_lines(run_dir / VALIDATION),
-        "summary": json.loads(summary_file.read_text()) if summary_file.exists() else {},
+        "summary": read_json(summary_file) if summary_file.exists() else {},
     }
 
 
@@ -80,6 +79,8 @@ def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 def write_report(run_dirs: Sequence[Path], output: Path) -> list[Path]:
     """Write ``losses.png`` and ``report.md`` on the given runs into ``output``."""
     runs = [read_run(path) for path in run_dirs]
+    if output.exists() and not output.is_dir():
+        raise ValueError(f"--output {output} is a file; name a directory")
     output.mkdir(parents=True, exist_ok=True)
     rows = []
     for run in runs:

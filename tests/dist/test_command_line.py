@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import socket
 import subprocess
 from pathlib import Path
@@ -45,6 +46,15 @@ def test_train_resume_evaluate_generate(prepared: Path, tmp_path: Path) -> None:
     keys = "step loss grad_norm tokens lr lr_values tokens_per_s step_time_s".split()
     assert set(keys) <= records[0].keys()
     assert records[-1]["tokens"] == 6 * 8 * 64
+    for record in records:
+        parts = math.hypot(record["grad_norm_dense"], record["grad_norm_tables"])
+        assert parts == pytest.approx(record["grad_norm"], rel=1e-5) and parts > 0
+        phases = [record[f"time_s/{p}"] for p in ("data", "forward", "lookup", "backward")]
+        assert min(phases) > 0 and sum(phases) < record["step_time_s"]
+        assert 0 < record["memory_bytes"] <= 1.1 * record["peak_memory_bytes"]
+        assert record["wire_bytes/total"] > record["wire_bytes/ids"] > 0
+    # Validation's lookups are no step's: the same traffic in every step.
+    assert len({record["wire_bytes/ids"] for record in records}) == 1
     assert list((run_dir / "tensorboard").glob("events*"))
     assert json.loads((run_dir / "config.json").read_text())["memory"]["knum"] == 25
     saved = sorted(p.name for p in (run_dir / "checkpoints").iterdir() if p.is_dir())

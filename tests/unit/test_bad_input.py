@@ -1,84 +1,116 @@
-"""What a user gets wrong costs one clear line, exit code 2, and no model."""
+"""What a user gets wrong costs one clear line, no traceback, no model and no half-written files.
+
+The cases are run as they are and their messages compared with docs/bad-input.md; ``make
+bad-input`` writes that file anew.
+"""
 
 from __future__ import annotations
 
-import json
+import contextlib
+import io
+import os
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
-from tests.conftest import VOCAB_SIZE
+from tests.unit.bad_input_files import REST
+from tests.unit.bad_inputs import CONFIGURATION, DEEPSPEED, Case, Scene
 from ultramem_ds.cli.main import main
 
-FITS = [f"model.vocab_size={VOCAB_SIZE}", "train.micro_batch_size=2"]
+CASES = [*CONFIGURATION, *DEEPSPEED, *REST]
+DOCUMENT = Path(__file__).resolve().parents[2] / "docs" / "bad-input.md"
+UPDATE = "UPDATE_BAD_INPUT"
 
 
-def complaint(
-    argv: list[str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> str:
-    """The one line on stderr that ``argv`` earns; building a model would be an error."""
+@dataclass(frozen=True)
+class Answer:
+    """What a command said: its exit code, its one line of error, and files it should not leave."""
+
+    code: int
+    line: str
+    left: list[Path]
+
+
+@pytest.fixture(scope="module")
+def answers(
+    prepared: Path, trained: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[dict[str, Answer]]:
+    """Every case's answer, by what is wrong."""
 
     def refuse(*args: object, **kwargs: object) -> None:
         raise AssertionError("a model was built")
 
-    monkeypatch.setattr("ultramem_ds.train.loop.TrainEngine", refuse)
-    assert main(argv) == 2
-    captured = capsys.readouterr()
-    assert captured.out == ""
-    (line,) = [line for line in captured.err.splitlines() if line.startswith("error:")]
-    return line
+    found = {}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("ultramem_ds.train.loop.TrainEngine", refuse)
+        for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
+            patch.delenv(name, raising=False)
+        for number, case in enumerate(CASES):
+            root = tmp_path_factory.mktemp(f"case-{number:02d}")
+            found[case.what] = answer(case, Scene(root, prepared, trained))
+    yield found
 
 
-def train_argv(data: Path, run_dir: Path, *rest: str, preset: str = "dense-debug") -> list[str]:
-    return ["train", "--preset", preset, "--data", str(data), "--run-dir", str(run_dir), *rest]
+def answer(case: Case, scene: Scene) -> Answer:
+    """Run a case's command in this process, as ``python -m ultramem_ds`` would."""
+    before = dict(os.environ)
+    output, errors = io.StringIO(), io.StringIO()
+    argv = case.command(scene)
+    os.environ.update(scene.environment)
+    try:
+        with contextlib.redirect_stdout(output), contextlib.redirect_stderr(errors):
+            code = main(argv)
+    except SystemExit as stop:  # argparse
+        code = int(stop.code or 0)
+    except Exception as error:  # what the user would see a traceback of
+        return Answer(-1, f"uncaught {error!r}", [])
+    finally:
+        os.environ.clear()
+        os.environ.update(before)
+    lines = [line for line in errors.getvalue().splitlines() if "error: " in line]
+    line = lines[0] if len(lines) == 1 else f"not one line: {errors.getvalue()!r}"
+    for path, name in ((scene.root, ""), (scene.prepared, "DATA"), (scene.trained, "RUN")):
+        line = line.replace(f"{path}/", f"{name}/" if name else "").replace(str(path), name or ".")
+    left = [path for path in scene.untouched if path.exists()]
+    return Answer(code, re.sub(r"\b[0-9a-f]{12,}\b", "...", line), left)
 
 
-def test_bad_runs_are_refused_before_any_model(
-    prepared: Path,
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    def said(*rest: str, data: Path = prepared, preset: str = "dense-debug") -> str:
-        argv = train_argv(data, tmp_path / "run", *rest, preset=preset)
-        return complaint(argv, capsys, monkeypatch)
-
-    assert "did you mean 'dense-debug'" in said(*FITS, preset="dense-debgu")
-    assert "train.max_steps" in said(*FITS, "train.maxsteps=3")
-    assert "nowhere" in said(*FITS, data=tmp_path / "nowhere")
-    (tmp_path / "empty").mkdir()
-    assert "empty" in said(*FITS, data=tmp_path / "empty")
-    assert "model.vocab_size=256" in said("model.vocab_size=256", "train.micro_batch_size=2")
-    assert "no such file" in said(*FITS, "--deepspeed", str(tmp_path / "none.json"))
-    bad = tmp_path / "bad.json"
-    bad.write_text("{")
-    assert "not valid JSON" in said(*FITS, "--deepspeed", str(bad))
-    zero3 = {"zero_optimization": {"stage": 3}}
-    bad.write_text(json.dumps(zero3))
-    assert "moe_zero2.json" in said(*FITS, "--deepspeed", str(bad), preset="moe-debug")
-    bad.write_text(json.dumps({"zero_optimization": {"stage": 1}, "sparse_gradients": True}))
-    assert "sparse_gradients" in said(*FITS, "--deepspeed", str(bad))
-    bad.write_text(json.dumps({"zero_optimization": {"stage": 1, "stagee": 1}}))
-    assert "stagee" in said(*FITS, "--deepspeed", str(bad))
-    monkeypatch.setenv("WORLD_SIZE", "3")
-    assert "cannot be divided over 3 ranks" in said(*FITS)
-    assert "3 of 3 ranks" in said(*FITS, "train.global_batch_size=18", preset="moe-debug")
-    assert not (tmp_path / "run").exists()
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.what)
+def test_one_line_says_what_and_where(case: Case, answers: dict[str, Answer]) -> None:
+    said = answers[case.what]
+    assert said.code == 2, said.line
+    assert not said.left, "files were left behind"
+    missing = [name for name in case.names if name not in said.line]
+    assert not missing, f"{missing} not in: {said.line}"
 
 
-def test_bad_checkpoints_and_options(
-    prepared: Path,
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    data = ["--data", str(prepared)]
-    missing = complaint(
-        ["evaluate", "--checkpoint", str(tmp_path / "x"), *data], capsys, monkeypatch
-    )
-    assert "no such directory" in missing
-    generate = ["generate", "--checkpoint", str(tmp_path), "--prompt", "a"]
-    assert "--top-p 2.0" in complaint([*generate, "--top-p", "2"], capsys, monkeypatch)
-    assert "neither a checkpoint" in complaint(generate, capsys, monkeypatch)
-    assert "config.json" in complaint(["report", str(tmp_path)], capsys, monkeypatch)
-    assert "did you mean" in complaint(["count", "--preset", "dens-151m"], capsys, monkeypatch)
+def test_the_document_shows_these_messages(answers: dict[str, Answer]) -> None:
+    assert len({case.what for case in CASES}) == len(CASES) >= 40
+    text = document(answers)
+    if os.environ.get(UPDATE):
+        DOCUMENT.write_text(text)
+    assert DOCUMENT.read_text() == text, "run `make bad-input` and look at the difference"
+
+
+def document(answers: dict[str, Answer]) -> str:
+    """``docs/bad-input.md``."""
+    text = f"""# Bad input and what it is answered
+
+{len(CASES)} mistakes, each with the line that the real command prints on stderr, with exit code
+2. No model has been built by then, and nothing half-written is left. This file is written by
+`make bad-input` and checked by `tests/unit/test_bad_input.py`; `RUN` is a good run directory,
+`DATA` good prepared data, other paths are relative. With `ULTRAMEM_TRACEBACK=1` the traceback
+appears instead. A run directory with several checkpoints falls back to the newest good one
+([checkpoints](checkpoints.md)); the messages here are about the only one.
+"""
+    area = ""
+    for case in CASES:
+        if case.area != area:
+            area = case.area
+            text += f"\n## {area}\n\n| mistake | message |\n|---|---|\n"
+        message = re.sub(r"^.*?error: ", "", answers[case.what].line)
+        text += f"| {case.what} | {message.replace('|', chr(92) + '|')} |\n"
+    return text

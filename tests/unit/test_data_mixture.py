@@ -204,7 +204,7 @@ def test_short_and_unknown_subsets(tmp_path, caplog):
         ({"a": 1.0}, "data.weights.a=1.0: subset a has 8 tokens"),
         ({"none": 1.0}, "no such subset, only a, b"),
         ({"b": -1.0}, "must not be negative"),
-        ({"b": 0.0}, "no subset with a positive weight"),
+        ({"b": 0.0}, "every subset has data.weights 0"),
     ]:
         with pytest.raises(ValueError, match=message):
             Mixture(data, "train", seq_len=8, weights=weights, seed=0)

@@ -22,7 +22,7 @@ from ultramem_ds.config.load import load_config
 from ultramem_ds.config.schema import MemoryConfig
 from ultramem_ds.sharding.comm import Comm
 from ultramem_ds.sharding.costs import lookup_cost, stock_zero3_bytes
-from ultramem_ds.sharding.groups import make_groups
+from ultramem_ds.sharding.groups import CPU, make_groups
 from ultramem_ds.sharding.lookup import ShardedLookup, build_lookup
 from ultramem_ds.sharding.shard import TableShard
 from ultramem_ds.sharding.table_plan import ShardLayout, TableSpec, shard_layout
@@ -149,7 +149,7 @@ def _rank_body(rank: int, world_size: int, config: CommBenchConfig) -> dict[str,
             sent[variant, "forward"] = total["forward"]
             sent[variant, "backward"] = total["backward"]
     rates = {
-        "wire_gb_per_s": _wire_gb_per_s(groups.shard, config.rounds),
+        "wire_gb_per_s": wire_gb_per_s(groups.shard, config.rounds),
         "memory_gb_per_s": _memory_gb_per_s(storage.view(whole_rows.shape), config.rounds),
     }
     return {"samples": samples, "bytes_sent": sent, "rates": rates}
@@ -194,15 +194,17 @@ def make_problems(
         yield rows_TK, projectors_TK, scores_TKh, torch.randn(grad_shape, generator=gen)
 
 
-def _wire_gb_per_s(comm: Comm, rounds: int) -> float:
+def wire_gb_per_s(comm: Comm, rounds: int, device: torch.device = CPU) -> float:
     """What each rank sends per second in an even all-to-all; the best of the rounds."""
     P = comm.world_size
-    payload = torch.ones(P, RATE_BYTES // 4 // P)
+    payload = torch.ones(P, RATE_BYTES // 4 // P, device=device)
     best_s = float("inf")
     for _ in range(rounds + 1):
         comm.barrier()
         start_s = time.perf_counter()
         comm.all_to_all(payload, [1] * P, [1] * P, "rows")
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
         best_s = min(best_s, time.perf_counter() - start_s)
     return payload.numel() * 4 * (P - 1) / P / best_s / 1e9
 

@@ -22,6 +22,7 @@ VERBS = {
     "plan": "plan",
     "bench": "bench",
     "report": "report",
+    "doctor": "doctor",
 }
 
 
@@ -50,7 +51,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (ValueError, OSError) as error:
         if os.environ.get("ULTRAMEM_TRACEBACK"):
             raise
-        if int(os.environ.get("RANK", "0")) == 0:
+        if os.environ.get("RANK", "0") == "0":
             print(f"error: {error}", file=sys.stderr, flush=True)
         return 2
     except KeyboardInterrupt:

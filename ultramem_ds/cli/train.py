@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import os
 from pathlib import Path
 
 
@@ -40,6 +39,19 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
         "recorded in the checkpoints",
     )
     parser.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="check everything, print memory, steps, checkpoint size and a time estimate, and "
+        "stop: nothing is trained or written",
+    )
+    parser.add_argument(
+        "--world-size",
+        type=int,
+        default=argparse.SUPPRESS,
+        metavar="P",
+        help="with --dry-run: as if on P ranks; otherwise the launcher decides",
+    )
+    parser.add_argument(
         "overrides",
         nargs="*",
         metavar="section.key=value",
@@ -52,17 +64,33 @@ def run(arguments: argparse.Namespace) -> int:
     """Check the run, then train."""
     from ultramem_ds.config.load import load_config
     from ultramem_ds.data.skips import parse_range
+    from ultramem_ds.train.dry_run import describe, dry_run
     from ultramem_ds.train.loop import train
     from ultramem_ds.train.run import prepare_run
+    from ultramem_ds.utils import environment
 
+    world_size = environment.world_size()
+    if "world_size" in arguments:
+        if not arguments.dry_run:
+            raise ValueError(
+                "--world-size is for --dry-run; to train on several ranks use a launcher "
+                "(NPROC=P launch/one_node.sh train ...)"
+            )
+        if arguments.world_size < 1:
+            raise ValueError(f"--world-size {arguments.world_size} must be at least 1")
+        world_size = arguments.world_size
     config = load_config(arguments.preset, arguments.overrides)
     checked = prepare_run(
         config,
         arguments.data,
         arguments.run_dir,
         arguments.deepspeed,
-        int(os.environ.get("WORLD_SIZE", "1")),
+        world_size,
         [parse_range(text) for text in arguments.skip_samples],
     )
+    if arguments.dry_run:
+        if environment.rank() == 0:
+            print(describe(dry_run(checked)))
+        return 0
     train(checked)
     return 0

@@ -60,6 +60,12 @@ def load_deepspeed_json(path: Path | None, kind: Kind) -> dict[str, Any]:
         raise ValueError(f"--deepspeed {path} is not valid JSON: {error}") from None
     if not isinstance(values, dict):
         raise ValueError(f"--deepspeed {path} does not hold a JSON object")
+    for key in ("zero_optimization", "bf16", "data_types"):
+        if not isinstance(values.get(key, {}), dict):
+            raise ValueError(f"--deepspeed {path}: {key} must be a JSON object")
+    stage = values.get("zero_optimization", {}).get("stage", 0)
+    if stage not in (0, 1, 2, 3):
+        raise ValueError(f"--deepspeed {path}: zero_optimization.stage={stage!r} must be 1, 2 or 3")
     return values
 
 

@@ -55,18 +55,22 @@ class ModelConfig:
             "vocab_size",
             "seq_len",
         ):
-            _require(getattr(self, name) >= 1, f"model.{name} must be at least 1")
+            _require(
+                getattr(self, name) >= 1, f"model.{name}={getattr(self, name)} must be at least 1"
+            )
         _require(
             self.hidden_size % self.num_heads == 0,
             f"model.hidden_size={self.hidden_size} must be divisible by "
             f"model.num_heads={self.num_heads}",
         )
         _require(self.head_dim % 2 == 0, "model.hidden_size / num_heads must be even for rotary")
-        _require(0.0 <= self.dropout < 1.0, "model.dropout must be in [0, 1)")
-        _require(self.norm_eps > 0, "model.norm_eps must be positive")
-        _require(self.rope_theta > 0, "model.rope_theta must be positive")
-        _require(self.init_std > 0, "model.init_std must be positive")
-        _require(self.embedding_std > 0, "model.embedding_std must be positive")
+        _require(0.0 <= self.dropout < 1.0, f"model.dropout={self.dropout} must be in [0, 1)")
+        _require(self.norm_eps > 0, f"model.norm_eps={self.norm_eps} must be positive")
+        _require(self.rope_theta > 0, f"model.rope_theta={self.rope_theta} must be positive")
+        _require(self.init_std > 0, f"model.init_std={self.init_std} must be positive")
+        _require(
+            self.embedding_std > 0, f"model.embedding_std={self.embedding_std} must be positive"
+        )
 
     @property
     def head_dim(self) -> int:
@@ -116,7 +120,9 @@ class MemoryConfig:
 
     def __post_init__(self) -> None:
         for name in ("knum", "kdim", "value_dim", "top_m", "num_heads", "tucker_rank", "num_cores"):
-            _require(getattr(self, name) >= 1, f"memory.{name} must be at least 1")
+            _require(
+                getattr(self, name) >= 1, f"memory.{name}={getattr(self, name)} must be at least 1"
+            )
         root = math.isqrt(self.expansion) if self.expansion >= 1 else 0
         _require(
             root >= 1 and root * root == self.expansion,
@@ -145,15 +151,30 @@ class MemoryConfig:
         if self.candidates == "two-sided":
             _require(self.top_m % 2 == 0, "memory.candidates=two-sided needs an even memory.top_m")
         _require(not (self.softmax and self.num_cores > 1), "memory.softmax needs num_cores=1")
-        _require(self.query_conv >= 0, "memory.query_conv must be 0 (none) or a kernel size")
-        _require(self.aux_loss_weight >= 0, "memory.aux_loss_weight must not be negative")
-        _require(self.aux_loss_margin >= 0, "memory.aux_loss_margin must not be negative")
-        _require(self.shard_group_size >= 0, "memory.shard_group_size must be 0 (all) or positive")
+        _require(
+            self.query_conv >= 0,
+            f"memory.query_conv={self.query_conv} must be 0 (none) or a kernel size",
+        )
+        _require(
+            self.aux_loss_weight >= 0,
+            f"memory.aux_loss_weight={self.aux_loss_weight} must not be negative",
+        )
+        _require(
+            self.aux_loss_margin >= 0,
+            f"memory.aux_loss_margin={self.aux_loss_margin} must not be negative",
+        )
+        _require(
+            self.shard_group_size >= 0,
+            f"memory.shard_group_size={self.shard_group_size} must be 0 (all) or positive",
+        )
         _require(
             self.wire_gb_per_s > 0 and self.memory_gb_per_s > 0,
             "memory.wire_gb_per_s and memory.memory_gb_per_s must be positive",
         )
-        _require(self.stats_every >= 0, "memory.stats_every must be 0 (never) or positive")
+        _require(
+            self.stats_every >= 0,
+            f"memory.stats_every={self.stats_every} must be 0 (never) or positive",
+        )
         _require(len(self.spans) >= 1, "memory.placement names no memory layer")
 
     @property
@@ -206,11 +227,22 @@ class MoEConfig:
     top2_2nd_expert_sampling: bool = False  # Gumbel noise on the second expert's choice
 
     def __post_init__(self) -> None:
-        _require(self.top_k in (1, 2), "moe.top_k must be 1 or 2")
-        _require(self.num_experts >= self.top_k, "moe.num_experts must be at least moe.top_k")
-        _require(self.balance_loss_weight >= 0, "moe.balance_loss_weight must not be negative")
-        _require(self.expert_parallel_size >= 0, "moe.expert_parallel_size must be 0 or positive")
-        _require(self.capacity_factor > 0, "moe.capacity_factor must be positive")
+        _require(self.top_k in (1, 2), f"moe.top_k={self.top_k} must be 1 or 2")
+        _require(
+            self.num_experts >= self.top_k,
+            f"moe.num_experts={self.num_experts} must be at least moe.top_k",
+        )
+        _require(
+            self.balance_loss_weight >= 0,
+            f"moe.balance_loss_weight={self.balance_loss_weight} must not be negative",
+        )
+        _require(
+            self.expert_parallel_size >= 0,
+            f"moe.expert_parallel_size={self.expert_parallel_size} must be 0 or positive",
+        )
+        _require(
+            self.capacity_factor > 0, f"moe.capacity_factor={self.capacity_factor} must be positive"
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -233,15 +265,26 @@ class OptimConfig:
     value_lr: float = 1e-3  # constant: the tables' learning rate (Lample et al., 2019)
 
     def __post_init__(self) -> None:
-        _require(self.lr > 0, "optim.lr must be positive")
-        _require(0 <= self.lr_end_ratio <= 1, "optim.lr_end_ratio must be in [0, 1]")
-        _require(0 <= self.warmup_ratio < 1, "optim.warmup_ratio must be in [0, 1)")
+        _require(self.lr > 0, f"optim.lr={self.lr} must be positive")
+        _require(
+            0 <= self.lr_end_ratio <= 1, f"optim.lr_end_ratio={self.lr_end_ratio} must be in [0, 1]"
+        )
+        _require(
+            0 <= self.warmup_ratio < 1, f"optim.warmup_ratio={self.warmup_ratio} must be in [0, 1)"
+        )
         _require(0 <= self.beta1 < 1 and 0 <= self.beta2 < 1, "optim.beta1/beta2 must be in [0, 1)")
-        _require(self.eps > 0, "optim.eps must be positive")
-        _require(self.weight_decay >= 0, "optim.weight_decay must not be negative")
-        _require(self.clip_grad >= 0, "optim.clip_grad must be 0 (off) or positive")
-        _require(self.value_lr_multiplier > 0, "optim.value_lr_multiplier must be positive")
-        _require(self.value_lr > 0, "optim.value_lr must be positive")
+        _require(self.eps > 0, f"optim.eps={self.eps} must be positive")
+        _require(
+            self.weight_decay >= 0, f"optim.weight_decay={self.weight_decay} must not be negative"
+        )
+        _require(
+            self.clip_grad >= 0, f"optim.clip_grad={self.clip_grad} must be 0 (off) or positive"
+        )
+        _require(
+            self.value_lr_multiplier > 0,
+            f"optim.value_lr_multiplier={self.value_lr_multiplier} must be positive",
+        )
+        _require(self.value_lr > 0, f"optim.value_lr={self.value_lr} must be positive")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -272,9 +315,11 @@ class TrainConfig:
     desync_every: int = 100  # optimizer steps between comparisons of the ranks; 0 = at start only
 
     def __post_init__(self) -> None:
-        _require(self.seed >= 0, "train.seed must not be negative")
+        _require(self.seed >= 0, f"train.seed={self.seed} must not be negative")
         for name in ("global_batch_size", "max_steps", "log_every"):
-            _require(getattr(self, name) >= 1, f"train.{name} must be at least 1")
+            _require(
+                getattr(self, name) >= 1, f"train.{name}={getattr(self, name)} must be at least 1"
+            )
         for name in (
             "eval_every",
             "eval_sequences",
@@ -283,16 +328,26 @@ class TrainConfig:
             "keep_every",
             "stop_at_step",
         ):
-            _require(getattr(self, name) >= 0, f"train.{name} must not be negative")
+            _require(
+                getattr(self, name) >= 0, f"train.{name}={getattr(self, name)} must not be negative"
+            )
         for name in ("max_bad_steps", "watchdog_s", "desync_every"):
-            _require(getattr(self, name) >= 0, f"train.{name} must not be negative")
-        _require(self.grad_spike_sigma > 0, "train.grad_spike_sigma must be positive")
+            _require(
+                getattr(self, name) >= 0, f"train.{name}={getattr(self, name)} must not be negative"
+            )
+        _require(
+            self.grad_spike_sigma > 0,
+            f"train.grad_spike_sigma={self.grad_spike_sigma} must be positive",
+        )
         if self.rollback:
             _require(
                 self.max_bad_steps > 0, "train.rollback=true needs train.max_bad_steps above 0"
             )
         if self.micro_batch_size != "auto":
-            _require(self.micro_batch_size >= 1, "train.micro_batch_size must be auto or positive")
+            _require(
+                self.micro_batch_size >= 1,
+                f"train.micro_batch_size={self.micro_batch_size} must be auto or positive",
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -312,8 +367,8 @@ class DataConfig:
     def __post_init__(self) -> None:
         for name, weight in self.weights.items():
             _require(weight >= 0, f"data.weights.{name} must not be negative")
-        _require(self.num_workers >= 0, "data.num_workers must not be negative")
-        _require(self.prefetch >= 1, "data.prefetch must be at least 1")
+        _require(self.num_workers >= 0, f"data.num_workers={self.num_workers} must not be negative")
+        _require(self.prefetch >= 1, f"data.prefetch={self.prefetch} must be at least 1")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -222,6 +222,8 @@ def _usable(
         if explicit:
             raise ValueError(f"data.weights.{name}={weight}: {message}")
         logger.warning("%s; it is left out of the mixture", message)
+    if not any(weights.values()):
+        raise ValueError("every subset has data.weights 0; give one of them a weight")
     if not usable:
         raise ValueError(
             f"no subset with a positive weight has a sequence of {seq_len} + 1 tokens; "

@@ -101,6 +101,7 @@ class _Preparation:
     def __init__(
         self, inputs: Sequence[str], output: Path, tokenizer_path: str, config: PrepareConfig
     ) -> None:
+        self.inputs = tuple(map(str, inputs))
         self.output = output
         self.config = config
         self.tokenizer_path = tokenizer_path
@@ -291,7 +292,10 @@ def _merge(plan: _Preparation, units: Sequence[FinishedUnit]) -> Manifest:
     check_bad_records(bad, num_records, plan.config)
     parts = parts_of(units, plan.config.held_out)
     if not parts:
-        raise ValueError("the inputs hold no document")
+        raise ValueError(
+            f"{' '.join(plan.inputs)}: no document with text in {num_records} records; inputs are "
+            ".jsonl, .json.gz, .jsonl.zst or .parquet files with a text column"
+        )
     _remove_stale_temporaries(plan.output)
     duplicates, parts = mark_duplicates(
         parts, plan.staging / "duplicates", drop=plan.config.drop_duplicates

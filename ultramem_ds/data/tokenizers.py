@@ -211,7 +211,10 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
         ]
         present = [candidate for candidate in candidates if candidate.is_file()]
         if not present:
-            raise ValueError(f"{file} holds neither tokenizer.json nor tokenizer.model")
+            raise ValueError(
+                f"{file} holds neither tokenizer.json nor tokenizer.model; "
+                "repeat `prepare`, or copy the tokenizer there"
+            )
         file = present[0]
     if file.is_file():
         return _from_bytes(file.read_bytes(), str(file))

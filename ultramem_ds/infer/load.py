@@ -33,6 +33,13 @@ def load_model(
         ValueError: if the checkpoint is incomplete, damaged or does not fit its own configuration.
     """
     checkpoint = find_checkpoint(path)
+    try:
+        return _load(checkpoint, device, dtype)
+    except ValueError as error:
+        raise ValueError(f"{error}; give --checkpoint another of {checkpoint.parent}") from None
+
+
+def _load(checkpoint: Path, device: torch.device | str, dtype: torch.dtype) -> LanguageModel:
     with torch.device("meta"):
         model = LanguageModel(from_dict(read_trainer_state(checkpoint).config))
     model.to_empty(device=device).to(dtype)

@@ -98,3 +98,20 @@ def count(config: Config) -> Count:
         activated_params=sum(part.activated_params for part in parts),
         norm_params=sum(part.norm_params for part in parts) + final_norm,
     )
+
+
+def training_flops_per_token(config: Config) -> int:
+    """Model FLOPs of one token's forward and backward, what utilisation is measured by.
+
+    3 * (2 * activated matrix parameters + 2 D vocab for the head + 2 L S D for causal attention,
+    whose scores and sums see S/2 positions on average + 2 K V per memory layer for weighting and
+    pooling rows). Recomputation, padding and the optimizer do not count.
+    """
+    model = config.model
+    forward = count(config).flops_per_token
+    forward += 2 * model.hidden_size * model.vocab_size
+    forward += 2 * model.num_layers * model.seq_len * model.hidden_size
+    if config.has_memory:
+        memory = config.memory
+        forward += 2 * len(memory.spans) * memory.rows_per_token * memory.value_dim
+    return 3 * forward

@@ -45,7 +45,7 @@ def check_engine_config(engine_config: dict[str, Any]) -> None:
         with contextlib.redirect_stdout(sys.stderr):
             deepspeed.DeepSpeedConfig(one_rank)
     except Exception as error:  # DeepSpeed raises what its parser finds: many types
-        reason = " ".join(str(error).split())
+        reason = " ".join(str(error).split()).partition(" For further information")[0]
         raise ValueError(
             f"DeepSpeed {deepspeed.__version__} rejects the config: {reason}"
         ) from None

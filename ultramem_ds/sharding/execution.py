@@ -9,6 +9,7 @@ import queue
 import threading
 from collections.abc import Callable
 from concurrent.futures import Future
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Protocol, TypeAlias
 
@@ -16,6 +17,14 @@ import torch
 from torch import Tensor
 
 Work: TypeAlias = Callable[[], Tensor]
+Clock: TypeAlias = Callable[[str], AbstractContextManager[None]]  # runs while a named phase lasts
+
+LOOKUP = "lookup"  # the phase of everything here
+
+
+def no_clock(phase: str) -> AbstractContextManager[None]:
+    """For callers that do not ask how long things take."""
+    return nullcontext()
 
 
 class Job(Protocol):
@@ -113,6 +122,36 @@ class StreamJob:
         current.wait_event(self.done)
         self.value.record_stream(current)
         return self.value
+
+
+@dataclass(frozen=True)
+class ClockedExecutor:
+    """Another executor, with the caller's time in it on a clock.
+
+    That is all of the work if it is synchronous, and else handing it over and waiting for it; on
+    CUDA launching it and the exchange's host sync.
+    """
+
+    inner: Executor
+    clock: Clock
+
+    def submit(self, work: Work) -> Job:
+        """Starts ``work``."""
+        with self.clock(LOOKUP):
+            return ClockedJob(self.inner.submit(work), self.clock)
+
+
+@dataclass(frozen=True)
+class ClockedJob:
+    """Work handed to a :class:`ClockedExecutor`."""
+
+    inner: Job
+    clock: Clock
+
+    def result(self) -> Tensor:
+        """Waits for the work."""
+        with self.clock(LOOKUP):
+            return self.inner.result()
 
 
 def make_executor(asynchronous: bool, device: torch.device) -> Executor:

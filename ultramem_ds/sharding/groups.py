@@ -8,7 +8,13 @@ from typing import TYPE_CHECKING
 import torch
 
 from ultramem_ds.sharding.comm import Comm, split_ranks
-from ultramem_ds.sharding.execution import Executor, make_executor
+from ultramem_ds.sharding.execution import (
+    Clock,
+    ClockedExecutor,
+    Executor,
+    make_executor,
+    no_clock,
+)
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -37,6 +43,7 @@ def make_groups(
     *,
     asynchronous: bool = False,
     device: torch.device = CPU,
+    clock: Clock = no_clock,
     group: ProcessGroup | None = None,
 ) -> TableGroups:
     """Makes the groups; all ranks of ``group`` together.
@@ -45,10 +52,11 @@ def make_groups(
         shard_group_size: ``memory.shard_group_size``, ranks per copy; 0 = all.
         asynchronous: ``memory.async_lookup``, lookups run beside the blocks between a and b.
         device: where this rank computes.
+        clock: runs while a lookup keeps its caller waiting.
         group: the data-parallel group; None is the world.
 
     Raises:
         ValueError: the size does not divide the number of ranks.
     """
     shard, replicas = split_ranks(shard_group_size, group)
-    return TableGroups(shard, replicas, make_executor(asynchronous, device))
+    return TableGroups(shard, replicas, ClockedExecutor(make_executor(asynchronous, device), clock))

@@ -19,7 +19,9 @@ from ultramem_ds.optim.row_adam import ROW_OPTIMIZERS
 from ultramem_ds.sharding import zero3
 from ultramem_ds.sharding.comm import Comm
 from ultramem_ds.sharding.deepspeed_import import deepspeed
+from ultramem_ds.sharding.execution import Clock, no_clock
 from ultramem_ds.sharding.experts import ExpertParallelMLP, canonical_name, expert_parallel_size
+from ultramem_ds.sharding.gradient_norms import GradientNorms
 from ultramem_ds.sharding.groups import TableGroups, make_groups
 from ultramem_ds.sharding.lookup import build_lookup
 from ultramem_ds.sharding.nvme import NvmeState, NvmeTables
@@ -43,6 +45,8 @@ class ParallelModel:
         own_states: optimizer state that DeepSpeed knows nothing of, by name of its files.
         partition: the scheme in use, empty without memory layers.
         first_expert: global index of this rank's first expert (kind moe), else 0.
+        gradient_norms: parts of the global norm.
+        table_comms: the groups over which tables travel; their counters say how much.
     """
 
     engine: Any
@@ -51,9 +55,13 @@ class ParallelModel:
     own_states: dict[str, OwnState]
     partition: str
     first_expert: int
+    gradient_norms: GradientNorms
+    table_comms: tuple[Comm, ...]
 
 
-def parallelize(config: Config, ranks: Ranks, engine_config: dict[str, Any]) -> ParallelModel:
+def parallelize(
+    config: Config, ranks: Ranks, engine_config: dict[str, Any], clock: Clock = no_clock
+) -> ParallelModel:
     """Build, initialise and distribute the model of ``config``.
 
     In this order:
@@ -66,6 +74,8 @@ def parallelize(config: Config, ranks: Ranks, engine_config: dict[str, Any]) -> 
     4. sort parameters into optimizer groups by role, split off experts for DeepSpeed;
     5. ``deepspeed.initialize``;
     6. exempt the tables from ZeRO-3's persistence and hand each memory layer its sharded lookup.
+
+    ``clock`` is told when a lookup keeps its caller waiting.
     """
     prepare_offload(engine_config, ranks.rank)
     partitioned = zero_stage(engine_config) == 3
@@ -80,6 +90,7 @@ def parallelize(config: Config, ranks: Ranks, engine_config: dict[str, Any]) -> 
             config.memory.shard_group_size,
             asynchronous=config.memory.async_lookup,
             device=ranks.device,
+            clock=clock,
         )
         make_table = lambda i: zero3.TablePlaceholder(groups.shard, i)  # noqa: E731
     construction = (
@@ -120,7 +131,16 @@ def parallelize(config: Config, ranks: Ranks, engine_config: dict[str, Any]) -> 
         zero = Zero12State(engine, lambda name: canonical_name(name, first_expert))
     if isinstance(tables, RowSparseTables):
         own_states["tables"] = tables
-    return ParallelModel(engine, tables, zero, own_states, partition, first_expert)
+    return ParallelModel(
+        engine,
+        tables,
+        zero,
+        own_states,
+        partition,
+        first_expert,
+        GradientNorms(engine),
+        (groups.shard, groups.replicas) if groups is not None else (),
+    )
 
 
 def _install_tables(

@@ -70,7 +70,7 @@ class Plan:
         shard_group_size: ranks that share one copy of the tables, P.
         micro_batch_size: sequences per rank and forward.
         accumulation_steps: forwards per optimizer step.
-        zero_stage: of the preset's own DeepSpeed configuration.
+        zero_stage: the ZeRO stage.
         memory: bytes on one rank under the chosen scheme.
         partition: the chosen scheme, empty without memory layers.
         schemes: all schemes, empty without memory layers.
@@ -115,10 +115,11 @@ def resolve_partition(config: Config, world_size: int) -> str:
     return _choose(scheme_plans(config, ranks, 1 if micro == "auto" else micro))
 
 
-def make_plan(config: Config, world_size: int) -> Plan:
+def make_plan(config: Config, world_size: int, stage: int | None = None) -> Plan:
     """Predicts memory, bytes and time of ``config`` on ``world_size`` ranks.
 
     ``train.micro_batch_size=auto`` counts as 1: what fits is a property of the other machine.
+    ``stage`` is the ZeRO stage, by default that of the preset's own DeepSpeed configuration.
 
     Raises:
         ValueError: batch, experts, sub-groups or scheme do not fit the ranks.
@@ -126,7 +127,8 @@ def make_plan(config: Config, world_size: int) -> Plan:
     if config.train.micro_batch_size == "auto":
         config = replace(config, train=replace(config.train, micro_batch_size=1))
     batches = plan_batches(config, world_size)
-    stage = zero_stage(load_deepspeed_json(default_file(config.model.kind), config.model.kind))
+    if stage is None:
+        stage = zero_stage(load_deepspeed_json(default_file(config.model.kind), config.model.kind))
     ranks, partition, stock, replica_bytes = 1, "", 0.0, 0.0
     schemes: tuple[SchemePlan, ...] = ()
     if config.has_memory:

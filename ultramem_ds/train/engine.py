@@ -30,6 +30,7 @@ from ultramem_ds.train.memory_stats import MemoryStatistics
 from ultramem_ds.train.phases import Phases
 from ultramem_ds.train.saver import Saver
 from ultramem_ds.train.signals import Ballot, StopRequest
+from ultramem_ds.train.telemetry import Telemetry
 
 
 @dataclass(frozen=True)
@@ -97,7 +98,10 @@ class TrainEngine:
         self.zero_stage = zero_stage(deepspeed_json)
         # Dropout differs from rank to rank, parameters do not depend on it.
         torch.manual_seed(config.train.seed * 1_000_003 + ranks.rank)
-        parallel = parallelize(config, ranks, engine_config(deepspeed_json, config, batches))
+        parallel = parallelize(
+            config, ranks, engine_config(deepspeed_json, config, batches), phases
+        )
+        self.telemetry = Telemetry(config, ranks, parallel, phases)
         self.comm = Comm()
         self.guard = StepGuard(config.train, config.optim.clip_grad)
         self.gate = StepGate(parallel.engine, self.guard.judge)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import time
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,6 +17,7 @@ from ultramem_ds.data.tokenizers import load_tokenizer
 from ultramem_ds.sharding.comm import Comm
 from ultramem_ds.sharding.runtime import Ranks, runtime
 from ultramem_ds.train import checkpoint as checkpoints
+from ultramem_ds.train.board import hyper_parameters
 from ultramem_ds.train.desync import DesyncGuard, code_digest, digest
 from ultramem_ds.train.engine import StepResult, TrainEngine
 from ultramem_ds.train.evaluate import Reader, SubsetLoss, evaluate
@@ -64,15 +64,6 @@ def _train(run: Run, ranks: Ranks, phases: Phases, stop: StopRequest) -> dict[st
     last_step = config.train.max_steps
     if config.train.stop_at_step:
         last_step = min(last_step, config.train.stop_at_step)
-    mixture = Mixture(
-        run.data_dir,
-        "train",
-        seq_len=config.model.seq_len,
-        weights=config.data.weights,
-        seed=config.train.seed,
-    )
-    if run.resume_from is not None:
-        _check_data(run.resume_from, mixture)
     if done_step >= last_step:
         if ranks.is_main:
             print(f"{run.run_dir} is finished: step {done_step} of {last_step}", flush=True)
@@ -87,7 +78,7 @@ def _train(run: Run, ranks: Ranks, phases: Phases, stop: StopRequest) -> dict[st
     skips = skips_of(run.skip_samples, state)
     if skips.ranges and ranks.is_main:
         print(f"jumping over samples {format_ranges(skips.ranges)}", flush=True)
-    return _Loop(run, ranks, engine, mixture, skips, done_step, last_step).run_to_end()
+    return _Loop(run, ranks, engine, run.mixture, skips, done_step, last_step).run_to_end()
 
 
 def _prepare_run_dir(run: Run) -> None:
@@ -96,15 +87,6 @@ def _prepare_run_dir(run: Run) -> None:
     write_json(run.run_dir / "deepspeed.json", run.deepspeed_json)
     load_tokenizer(run.data_dir).save(run.run_dir)
     Roster.reset(run.run_dir)
-
-
-def _check_data(checkpoint: Path, mixture: Mixture) -> None:
-    old = checkpoints.read_trainer_state(checkpoint).data_fingerprint
-    if old != mixture.fingerprint:
-        raise ValueError(
-            f"{checkpoint} was trained on other data (fingerprint {old[:12]}, here "
-            f"{mixture.fingerprint[:12]}); use the same --data or another --run-dir"
-        )
 
 
 class _Loop:
@@ -151,7 +133,10 @@ class _Loop:
     def _run_steps(self) -> int:
         """From ``done_step`` to the last step, or to a signal; returns the step reached."""
         train = self.config.train
-        writer = MetricsWriter(self.run.run_dir, self.done_step + 1) if self.ranks.is_main else None
+        writer = None
+        if self.ranks.is_main:
+            hyper = hyper_parameters(self.config, self.ranks.world_size)
+            writer = MetricsWriter(self.run.run_dir, self.done_step + 1, hyper)
         loader = BatchLoader(
             self.mixture,
             global_batch_size=train.global_batch_size,
@@ -167,8 +152,9 @@ class _Loop:
         )
         try:
             micro_batches = iter(loader)
+            self.engine.telemetry.start()
             for step in range(self.done_step, self.last_step):
-                self.engine.phases.step = step + 1
+                self.engine.phases.begin_step(step + 1)
                 begin = time.perf_counter()
                 result = self.engine.train_step(micro_batches, step)
                 self.step_times_s.append(time.perf_counter() - begin)
@@ -195,6 +181,7 @@ class _Loop:
         if (train.eval_every and step % train.eval_every == 0) or step == train.max_steps:
             with self.engine.phases("validate"):
                 self._validate(step, writer)
+            self.engine.telemetry.charge("validate")
         if self.desync.due(step):
             self._compare_ranks(step)
         self.engine.advance_save()
@@ -268,6 +255,7 @@ class _Loop:
             **{f"data/{name}": share for name, share in self._shares(step).items()},
             "tokens_per_s": self.tokens_per_step / step_time_s,
             "step_time_s": step_time_s,
+            **self.engine.telemetry.read(self.tokens_per_step / step_time_s),
         }
 
     def _console_line(self, step: int, result: StepResult) -> str:
@@ -320,6 +308,8 @@ class _Loop:
             "val_loss": self.val_loss,
             "tokens_per_s": self.tokens_per_step / steady[len(steady) // 2],
             "peak_memory_bytes": int(self.engine.comm.all_reduce_max_(peak)),
+            "phase_s": self.engine.telemetry.finish(),
+            "peak_flops_from": self.engine.telemetry.peak_source,
         }
         if self.ranks.is_main:
             write_json(self.run.run_dir / "summary.json", summary)

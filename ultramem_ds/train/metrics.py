@@ -8,26 +8,15 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
-from torch.utils.tensorboard import SummaryWriter
+from ultramem_ds.train.board import VALIDATION_GROUP, Board, scalars
 
 METRICS = "metrics.jsonl"
 VALIDATION = "validation.jsonl"
-
-# metrics.jsonl key -> TensorBoard tag; keys not listed go under "memory/".
-_TAGS = {
-    "loss": "train/loss",
-    "aux_loss": "train/aux_loss",
-    "balance_loss": "train/balance_loss",
-    "grad_norm": "train/grad_norm",
-    "tokens": "train/tokens",
-    "lr": "learning_rate/dense",
-    "lr_values": "learning_rate/values",
-    "tokens_per_s": "throughput/tokens_per_s",
-    "step_time_s": "throughput/step_time_s",
-}
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
@@ -44,11 +33,14 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
         if not line:
             continue
         try:
-            records.append(json.loads(line))
+            record = json.loads(line)
         except json.JSONDecodeError:
             if number == len(lines):
                 break
-            raise ValueError(f"{path}:{number} is not valid JSON") from None
+            raise ValueError(f"{path}:{number} is not valid JSON: delete that line") from None
+        if not isinstance(record, dict) or "step" not in record:
+            raise ValueError(f"{path}:{number} is not a record with a step: delete that line")
+        records.append(record)
     return records
 
 
@@ -71,14 +63,20 @@ class MetricsWriter:
     Args:
         run_dir: the run directory.
         first_step: the next step to be written; later lines left by an earlier attempt go.
+        hyper: settings for TensorBoard's page of that name.
     """
 
-    def __init__(self, run_dir: Path, first_step: int) -> None:
+    def __init__(
+        self,
+        run_dir: Path,
+        first_step: int,
+        hyper: Mapping[str, bool | str | float | int] = MappingProxyType({}),
+    ) -> None:
         for name in (METRICS, VALIDATION):
             truncate_after(run_dir / name, first_step - 1)
         self._metrics = open(run_dir / METRICS, "a", encoding="utf-8")  # noqa: SIM115
         self._validation = open(run_dir / VALIDATION, "a", encoding="utf-8")  # noqa: SIM115
-        self._board = SummaryWriter(str(run_dir / "tensorboard"), purge_step=first_step)
+        self._board = Board(run_dir / "tensorboard", first_step, hyper)
 
     def close(self) -> None:
         """Flush and close everything."""
@@ -90,15 +88,13 @@ class MetricsWriter:
         """Write one optimizer step; ``record`` holds ``step`` and numbers (or lists of numbers)."""
         self._metrics.write(json.dumps(record) + "\n")
         self._metrics.flush()
-        for key, value in record.items():
-            if isinstance(value, int | float) and key != "step":
-                tag = _TAGS.get(key, key if "/" in key else f"memory/{key}")
-                self._board.add_scalar(tag, value, record["step"])
+        self._board.write(record["step"], scalars(record))
 
     def write_validation(self, step: int, losses: dict[str, float]) -> None:
         """Write validation losses by subset, nats per token; ``all`` is the token-weighted mean."""
         self._validation.write(json.dumps({"step": step, **losses}) + "\n")
         self._validation.flush()
-        for subset, loss in losses.items():
-            self._board.add_scalar(f"validation/{subset}", loss, step)
+        self._board.write(
+            step, {f"{VALIDATION_GROUP}/{name}": loss for name, loss in losses.items()}
+        )
         self._board.flush()

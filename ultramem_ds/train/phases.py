@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 START = "start"
+OTHER = "other"  # of a step, outside any phase
 
 
 class Phases:
@@ -34,6 +35,12 @@ class Phases:
         self._switch(name)
         yield
         self._switch(outer)
+
+    def begin_step(self, step: int) -> None:
+        """Call before optimizer step ``step``, counted from 1, outside any phase."""
+        self.step = step
+        if self.current == START:
+            self._switch(OTHER)
 
     def _switch(self, name: str) -> None:
         now = time.monotonic()

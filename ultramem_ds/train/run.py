@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from ultramem_ds.config.deepspeed import (
     BatchPlan,
     check_stage,
@@ -21,11 +23,15 @@ from ultramem_ds.config.deepspeed import (
 from ultramem_ds.config.load import changed_keys, from_dict, to_dict
 from ultramem_ds.config.schema import Config
 from ultramem_ds.data.manifest import load_manifest
+from ultramem_ds.data.mixture import Mixture
 from ultramem_ds.data.skips import Range, SkipRanges
 from ultramem_ds.data.tokenizers import load_tokenizer
+from ultramem_ds.kernels.registry import resolve
 from ultramem_ds.sharding.deepspeed_import import check_engine_config
 from ultramem_ds.sharding.experts import expert_parallel_size
+from ultramem_ds.sharding.planner import resolve_partition
 from ultramem_ds.train import checkpoint as checkpoints
+from ultramem_ds.train.peak_flops import peak_from_environment
 
 # On resume these keys may differ; any other changed key is refused by name.
 RESUMABLE_KEYS = frozenset(
@@ -52,6 +58,7 @@ class Run:
         world_size: ranks.
         resume_from: checkpoint to continue from, None for a fresh run.
         vocab_size: entries of the tokenizer; the model's may be padded beyond.
+        mixture: the order of the training data.
         skip_samples: ranges of global samples to jump over, beside those of the checkpoint.
     """
 
@@ -63,6 +70,7 @@ class Run:
     world_size: int
     resume_from: Path | None
     vocab_size: int
+    mixture: Mixture
     skip_samples: tuple[Range, ...] = ()
 
 
@@ -93,8 +101,20 @@ def prepare_run(
             f"model.vocab_size={config.model.vocab_size}; set model.vocab_size="
             f"{-(-tokenizer.vocab_size // 128) * 128}"
         )
+    _check_lookups(config, world_size)
+    peak_from_environment()
+    if run_dir.exists() and not run_dir.is_dir():
+        raise ValueError(f"--run-dir {run_dir} is a file; name a directory")
+    mixture = Mixture(
+        data_dir,
+        "train",
+        seq_len=config.model.seq_len,
+        weights=config.data.weights,
+        seed=config.train.seed,
+    )
     resume_from = checkpoints.newest_readable(run_dir)
     if resume_from is not None:
+        _check_data(resume_from, mixture)
         _check_unchanged(resume_from, config)
         skips_of(skip_samples, checkpoints.read_trainer_state(resume_from))
     return Run(
@@ -106,6 +126,7 @@ def prepare_run(
         world_size,
         resume_from,
         tokenizer.vocab_size,
+        mixture,
         tuple(skip_samples),
     )
 
@@ -122,8 +143,33 @@ def skips_of(asked: Sequence[Range], state: checkpoints.TrainerState | None) -> 
     return recorded.extended(asked, state.consumed_samples)
 
 
+def _check_lookups(config: Config, world_size: int) -> None:
+    """A partition that cannot be, or a kernel that is not there."""
+    if not config.has_memory:
+        return
+    resolve_partition(config, world_size)
+    if config.memory.kernel != "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        resolve(config.memory.kernel, torch.device(device))
+
+
+def _check_data(checkpoint: Path, mixture: Mixture) -> None:
+    old = checkpoints.read_trainer_state(checkpoint).data_fingerprint
+    if old != mixture.fingerprint:
+        raise ValueError(
+            f"{checkpoint} was trained on other data (fingerprint {old[:12]}, here "
+            f"{mixture.fingerprint[:12]}); use the same --data or another --run-dir"
+        )
+
+
 def _check_unchanged(checkpoint: Path, config: Config) -> None:
-    old = from_dict(checkpoints.read_trainer_state(checkpoint).config)
+    try:
+        old = from_dict(checkpoints.read_trainer_state(checkpoint).config)
+    except ValueError as error:
+        raise ValueError(
+            f"{checkpoint} has a configuration that this program does not know: {error}; use the "
+            "version that trained it or another --run-dir"
+        ) from None
     changed = [key for key in changed_keys(old, config) if key not in RESUMABLE_KEYS]
     if changed:
         a, b = to_dict(old), to_dict(config)

@@ -1,0 +1,1 @@
+"""Checks of the environment, and what to do about what they find."""
