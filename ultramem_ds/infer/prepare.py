@@ -8,6 +8,7 @@ from ultramem_ds.infer.attention import decode_attention
 from ultramem_ds.infer.experts import GroupedExperts
 from ultramem_ds.infer.search import PackedSelect
 from ultramem_ds.infer.weights import PackedLinear, Packer, pack_where_possible
+from ultramem_ds.kernels.native import native_library
 from ultramem_ds.kernels.packed import can_pack
 from ultramem_ds.model.lm import LanguageModel
 from ultramem_ds.model.moe import MixtureOfExperts
@@ -52,5 +53,6 @@ def install_native_calls(model: LanguageModel) -> None:
             block.attention.attend = decode_attention
     one_sided = model.config.memory.candidates == "one-sided"
     for memory in model.memory_layers:
-        if one_sided and can_pack(memory.retrieval.keys.weight):
+        keys = memory.retrieval.keys.weight
+        if one_sided and can_pack(keys) and native_library(keys) is not None:
             memory.retrieval.select = PackedSelect(model.config.memory)

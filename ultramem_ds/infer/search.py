@@ -9,9 +9,11 @@ import torch
 from torch import Tensor
 
 from ultramem_ds.config.schema import MemoryConfig
-from ultramem_ds.kernels.packed import grouped_linear, pack_into, packed_shape, select_slots
+from ultramem_ds.kernels.native import native_library
+from ultramem_ds.kernels.packed import grouped_linear, pack_into, packed_shape
+from ultramem_ds.kernels.select import select_slots
 from ultramem_ds.model.memory.forms import ScoreForm
-from ultramem_ds.model.memory.query import LAYOUTS
+from ultramem_ds.model.memory.query import LAYOUTS, query_groups
 from ultramem_ds.model.memory.tucker import TuckerForm
 
 
@@ -79,18 +81,16 @@ class PackedSelect:
         layout = LAYOUTS[memory.query]
         self.top_m = memory.top_m
         self.product = PackedSearch(layout)
-        sizes = {"s": 2, "h": memory.num_heads, "r": memory.tucker_rank}
-        index = torch.zeros(1, 1, 1, dtype=torch.int64)
-        for letter in layout:
-            shape = [-1 if letter == dim else 1 for dim in "shr"]
-            index = index * sizes[letter] + torch.arange(sizes[letter]).view(shape)
-        self.groups_2Hr = index.expand(*sizes.values()).contiguous()
+        self.groups_2Hr = query_groups(layout, memory.num_heads, memory.tucker_rank)
 
     def __call__(
         self, form: ScoreForm, queries: Tensor, keys_2Hnrd: Tensor, search: Tensor
     ) -> tuple[Tensor, Tensor]:
         """See ``model.memory.retrieval.Select``."""
+        library = native_library(queries)
+        assert library is not None
         return select_slots(
+            library,
             self.product(queries, search),
             queries.flatten(1, -2),
             self.groups_2Hr,

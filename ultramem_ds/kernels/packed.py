@@ -34,10 +34,6 @@ def _library() -> ctypes.CDLL | None:
     library.ultramem_pack.restype = None
     library.ultramem_grouped_linear.argtypes = [pointer] * 3 + [number] * 3 + [pointer]
     library.ultramem_grouped_linear.restype = None
-    library.ultramem_select.argtypes = (
-        [pointer] + [number] * 3 + [pointer] * 4 + [number] * 8 + [pointer] * 2
-    )
-    library.ultramem_select.restype = None
     library.ultramem_attend.argtypes = [pointer] * 3 + [number] * 8 + [ctypes.c_float] + [pointer]
     library.ultramem_attend.restype = None
     return library
@@ -94,56 +90,6 @@ def grouped_linear(x_MK: Tensor, packed_XQKP: Tensor, ends_X: Tensor, num_output
         y.data_ptr(),
     )
     return y[:, :num_outputs]
-
-
-def select_slots(
-    search_2THn: Tensor,
-    queries_TGd: Tensor,
-    groups_2Hr: Tensor,
-    keys_2Hnrd: Tensor,
-    core_hHrr: Tensor | None,
-    top_m: int,
-) -> tuple[Tensor, Tensor]:
-    """A memory layer's two-stage selection (``model.memory.retrieval``) in one call.
-
-    Args:
-        search_2THn: candidate scores, fp32, last dimension contiguous.
-        queries_TGd: a token's distinct queries, fp32.
-        groups_2Hr: int64, which of them meets the keys of a side, head and rank.
-        keys_2Hnrd: fp32.
-        core_hHrr: Tucker cores, fp32; None: a pair's score is the sum of its row's and column's.
-        top_m: m, at most n.
-
-    Returns:
-        Slots ``(T, H, m)``, int64, and scores per core ``(T, H, m, h)``, best first.
-    """
-    library = _library()
-    assert library is not None and search_2THn.stride(-1) == 1 and groups_2Hr.is_contiguous()
-    queries_TGd, keys_2Hnrd = queries_TGd.contiguous(), keys_2Hnrd.contiguous()
-    _, num_tokens, num_heads, num_keys = search_2THn.shape
-    num_cores = 1
-    if core_hHrr is not None:
-        core_hHrr, num_cores = core_hHrr.contiguous(), core_hHrr.shape[0]
-    slots_THm = groups_2Hr.new_empty(num_tokens, num_heads, top_m)
-    scores_THmh = search_2THn.new_empty(num_tokens, num_heads, top_m, num_cores)
-    library.ultramem_select(
-        search_2THn.data_ptr(),
-        *search_2THn.stride()[:3],
-        queries_TGd.data_ptr(),
-        groups_2Hr.data_ptr(),
-        keys_2Hnrd.data_ptr(),
-        None if core_hHrr is None else core_hHrr.data_ptr(),
-        num_tokens,
-        num_heads,
-        num_keys,
-        *keys_2Hnrd.shape[3:],
-        queries_TGd.shape[1],
-        top_m,
-        num_cores,
-        slots_THm.data_ptr(),
-        scores_THmh.data_ptr(),
-    )
-    return slots_THm, scores_THmh
 
 
 def attend_to_cache(q_BA1K: Tensor, keys_BACK: Tensor, values_BACK: Tensor) -> Tensor:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import functools
 import math
 
 import torch
 from torch import Tensor, nn
 
 from ultramem_ds.config.schema import MemoryConfig, ModelConfig
+from ultramem_ds.kernels.native import native_library
+from ultramem_ds.kernels.small import causal_conv
 from ultramem_ds.model.roles import tag
 
 # B sequences, S sequence length, T = B*S tokens, D hidden, H heads, r Tucker rank, d kdim.
@@ -54,6 +57,10 @@ class CausalConv(nn.Module):
         """
         batch, seq_len, hidden = x_BSD.shape
         reach = self.kernel_size - 1
+        library = native_library(x_BSD)
+        if library is not None and (state_BCD is None or not torch.is_grad_enabled()):
+            out_BSD = causal_conv(library, x_BSD, self.weight, doc_starts_BS, state_BCD)
+            return out_BSD, _last_inputs(x_BSD, state_BCD, reach)
         if state_BCD is None:
             state_BCD = x_BSD.new_zeros(batch, reach, hidden)
         padded = torch.cat([state_BCD, x_BSD], dim=1)
@@ -71,6 +78,16 @@ class CausalConv(nn.Module):
         return out_BSD, padded[:, seq_len:]
 
 
+def _last_inputs(x_BSD: Tensor, state_BCD: Tensor | None, count: int) -> Tensor:
+    """The last ``count`` inputs of each sequence, zeros before the first."""
+    batch, seq_len, hidden = x_BSD.shape
+    if seq_len < count:
+        if state_BCD is None:
+            state_BCD = x_BSD.new_zeros(batch, count, hidden)
+        x_BSD = torch.cat([state_BCD[:, seq_len:], x_BSD], dim=1)
+    return x_BSD[:, x_BSD.shape[1] - count :]
+
+
 class NoConv(nn.Module):
     """``memory.query_conv=0``: passes inputs through, keeps no state."""
 
@@ -83,6 +100,27 @@ class NoConv(nn.Module):
 
 # Distinct queries of one token, by layout: s side (row, column), h head, r Tucker rank.
 LAYOUTS = {"shared": "s", "per-head": "hs", "per-head-shared-sides": "hr"}
+
+
+@functools.cache
+def query_groups(layout: str, num_heads: int, rank: int) -> Tensor:
+    """Which of a token's distinct queries meets the keys of a side, head and rank.
+
+    Args:
+        layout: a value of ``LAYOUTS``.
+        num_heads: H.
+        rank: r.
+
+    Returns:
+        int64 (2, H, r), on the CPU.
+    """
+    sizes = {"s": 2, "h": num_heads, "r": rank}
+    index = torch.zeros((1, 1, 1), dtype=torch.int64, device="cpu")
+    for letter in layout:
+        shape = [-1 if letter == dim else 1 for dim in "shr"]
+        steps = torch.arange(sizes[letter], device="cpu").view(shape)
+        index = index * sizes[letter] + steps
+    return index.expand(2, num_heads, rank).contiguous()
 
 
 class QueryEncoder(nn.Module):

@@ -7,8 +7,9 @@ span a small grid, whose exact top-m is the selection. What differs between prod
 
 The selection carries no gradient. The scores of the selected pairs do: with respect to the queries,
 the keys and the cores. Candidates are ranked in the compute dtype, their grid in fp32 at least.
-Ties are broken by ``torch.topk``, which gives the same answer for the same scores on the same kind
-of device, whatever else is in the batch.
+In fp32 on a CPU one native call selects (``kernels/select``), else torch. Ties are broken by either
+in its own way: the same answer for the same scores on the same kind of device, whatever else is in
+the batch.
 """
 
 from __future__ import annotations
@@ -20,13 +21,15 @@ import torch
 from torch import Tensor, nn
 
 from ultramem_ds.config.schema import Candidates, MemoryConfig, ModelConfig
+from ultramem_ds.kernels.native import native_library
+from ultramem_ds.kernels.select import select_slots
 from ultramem_ds.model.memory.dots import row_dots
 from ultramem_ds.model.memory.forms import ScoreForm
 from ultramem_ds.model.memory.keys import ProductKeys
 from ultramem_ds.model.memory.pkm import ProductKey
-from ultramem_ds.model.memory.query import LAYOUTS, QueryEncoder
+from ultramem_ds.model.memory.query import LAYOUTS, QueryEncoder, query_groups
 from ultramem_ds.model.memory.recall import exhaustive_recall
-from ultramem_ds.model.memory.tucker import TuckerCore
+from ultramem_ds.model.memory.tucker import TuckerCore, TuckerForm
 
 # T tokens, H heads, r Tucker rank, h cores, n keys per side, m top-m, c candidates per side,
 # K = H*m rows per token, G distinct queries of a token, d kdim. A leading 2 is the side.
@@ -160,6 +163,19 @@ class Retrieval(nn.Module):
         self, form: ScoreForm, queries: Tensor, keys_2Hnrd: Tensor, search: Tensor
     ) -> tuple[Tensor, Tensor]:
         """Slots ``(T, H, m)`` and scores per core ``(T, H, m, h)``, best first."""
+        library = native_library(queries, kernel=self.kernel)
+        if library is not None and self.candidates == "one-sided":
+            with torch.no_grad():
+                search_2THn = torch.einsum(self._product(""), queries, search)
+            return select_slots(
+                library,
+                search_2THn,
+                queries.flatten(1, -2),
+                query_groups(self.layout, keys_2Hnrd.shape[1], keys_2Hnrd.shape[3]),
+                keys_2Hnrd,
+                form.core_hHrr if isinstance(form, TuckerForm) else None,
+                self.top_m,
+            )
         with torch.no_grad():
             candidates_2THc = self._search(queries, search)
         scores_2THcr = self._exact_scores(queries, keys_2Hnrd, candidates_2THc)

@@ -1,0 +1,139 @@
+"""The native calls of a memory layer against the torch operations they replace, in float64."""
+
+import copy
+
+import pytest
+import torch
+
+from tests.unit.memory_helpers import inputs, make_layer
+from ultramem_ds.kernels.native import native_library
+from ultramem_ds.model.memory.expansion import BijectionShuffle, split_slots
+from ultramem_ds.model.memory.query import CausalConv
+
+pytestmark = pytest.mark.skipif(
+    native_library(torch.zeros(1)) is None, reason="no compiler: all of it is torch's here"
+)
+
+TUCKER = dict(num_heads=2, tucker_rank=2, num_cores=2)
+PKM = dict(retrieval="product-key", tucker_rank=1, num_cores=1, num_heads=3)
+
+
+def selected(retrieval, x, weight):
+    """Slots and scores, and gradients of the input and of every parameter."""
+    x = x.clone().requires_grad_()
+    retrieval.zero_grad()
+    selection = retrieval(x)
+    (selection.scores_TKh * weight.to(x.dtype)).sum().backward()
+    grads = {name: param.grad for name, param in retrieval.named_parameters()}
+    return selection.slots_TK, selection.scores_TKh, {"x": x.grad} | grads
+
+
+@pytest.mark.parametrize("layout", ["shared", "per-head", "per-head-shared-sides"])
+@pytest.mark.parametrize("shape", [TUCKER, PKM, dict(TUCKER, tucker_rank=3, num_cores=3)])
+@pytest.mark.parametrize("kdim", [7, 40])
+def test_selection_and_its_gradients(layout, shape, kdim):
+    """fp32 is native, float64 is torch: the same selection where no scores nearly tie."""
+    wide = make_layer(query=layout, knum=40, kdim=kdim, top_m=5, **shape).retrieval
+    narrow = copy.deepcopy(wide).float()
+    x = inputs(3, 30)
+    expected = wide(x)
+    weight = torch.randn(expected.scores_TKh.shape, generator=torch.Generator().manual_seed(1))
+    slots, scores, grads = selected(wide, x, weight)
+    native_slots, native_scores, native_grads = selected(narrow, x.float(), weight)
+    # A near-tie may fall either way in fp32: such tokens are left out, and must be few.
+    same_T = (slots == native_slots).all(1)
+    assert same_T.float().mean() > 0.9
+    torch.testing.assert_close(native_scores[same_T].double(), scores[same_T], rtol=1e-4, atol=1e-4)
+    assert narrow(x.float()).scores_TKh.dtype == torch.float32
+    if same_T.all():
+        for name, grad in grads.items():
+            # fp32 sums of up to 90 * 5 products of order one.
+            largest = grad.abs().max()
+            error = (native_grads[name].double() - grad).abs().max()
+            assert error <= 1e-4 * largest, name
+
+
+def test_gradients_are_compared_somewhere():
+    """The comparison above is not void: with these shapes no token nearly ties."""
+    wide = make_layer(knum=40, top_m=5, **TUCKER).retrieval
+    narrow = copy.deepcopy(wide).float()
+    x = inputs(3, 30)
+    assert torch.equal(wide(x).slots_TK, narrow(x.float()).slots_TK)
+
+
+def test_gradients_do_not_depend_on_threads(restored_threads):
+    retrieval = make_layer(dtype=torch.float32, knum=40, **TUCKER).retrieval
+    x = inputs(4, 50, dtype=torch.float32)
+    weight = torch.randn(retrieval(x).scores_TKh.shape)
+    results = []
+    for num_threads in (1, 2):
+        torch.set_num_threads(num_threads)
+        slots, _, grads = selected(retrieval, x, weight)
+        results.append((slots, grads["keys.norm.weight"], grads["form.core"]))
+    assert torch.equal(results[0][0], results[1][0])
+    for one, two in zip(results[0][1:], results[1][1:]):
+        torch.testing.assert_close(one, two, rtol=1e-5, atol=1e-6)  # torch's products differ
+
+
+@pytest.fixture
+def restored_threads():
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+def make_conv(taps):
+    conv = CausalConv(24, taps)
+    torch.nn.init.normal_(conv.weight, generator=torch.Generator().manual_seed(taps))
+    return conv
+
+
+@pytest.mark.parametrize("taps", [1, 2, 4])
+@pytest.mark.parametrize("seq_len", [1, 2, 13])
+@pytest.mark.parametrize("documents", [False, True])
+def test_convolution_and_its_gradients(taps, seq_len, documents):
+    conv = make_conv(taps)
+    oracle = copy.deepcopy(conv).double()
+    x = inputs(3, seq_len, dtype=torch.float32)[..., :1].repeat(1, 1, 24)
+    x = (x * torch.linspace(-1, 2, 24)).contiguous()
+    starts = (torch.arange(3 * seq_len).view(3, seq_len) % 5 == 2) if documents else None
+    results = []
+    for module, data in ((conv, x), (oracle, x.double())):
+        data = data.clone().requires_grad_()
+        out, state = module(data, starts, None)
+        (out * torch.arange(out.numel()).view(out.shape).cos()).sum().backward()
+        results.append([out, state, data.grad, module.weight.grad])
+    for native, exact in zip(*results):
+        torch.testing.assert_close(native.double(), exact, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("seq_len", [1, 2, 9])
+@pytest.mark.parametrize("documents", [False, True])
+@torch.no_grad()
+def test_convolution_continues_from_a_state(seq_len, documents):
+    conv = make_conv(4)
+    oracle = copy.deepcopy(conv).double()
+    x, before = torch.randn(2, seq_len, 24), torch.randn(2, 3, 24)
+    starts = None
+    if documents:
+        starts = torch.zeros(2, seq_len, dtype=torch.bool)
+        starts[1, seq_len // 2] = True
+    out, state = conv(x, starts, before)
+    exact, exact_state = oracle(x.double(), starts, before.double())
+    torch.testing.assert_close(out.double(), exact, rtol=1e-5, atol=1e-5)
+    assert torch.equal(state.double(), exact_state)
+
+
+def test_shuffle_and_split_are_the_formulas():
+    n, num_rows = 37, 350
+    shuffle = BijectionShuffle(n, seed=3)
+    slots = torch.arange(n * n).view(n, n)
+    permuted = shuffle(slots)
+    left, right = slots // n, slots % n
+    for table in shuffle._tables(slots.device):
+        left, right = right, (left + table[right]) % n
+    assert torch.equal(permuted, left * n + right)
+    assert torch.equal(permuted.flatten().sort().values, slots.flatten())
+    rows, projectors = split_slots(permuted.t(), num_rows)
+    assert torch.equal(rows, permuted.t() % num_rows)
+    assert torch.equal(projectors, permuted.t() // num_rows)
