@@ -37,18 +37,18 @@ def _declared(library: ctypes.CDLL) -> ctypes.CDLL:
 
 
 def native_library(
-    tensor: Tensor, dtype: torch.dtype = torch.float32, kernel: str = "auto"
+    *tensors: Tensor, dtype: torch.dtype = torch.float32, kernel: str = "auto"
 ) -> ctypes.CDLL | None:
     """The extension, where it computes with such tensors; else None.
 
     Args:
-        tensor: decides by its device and dtype.
+        tensors: decide by their devices and dtypes.
         dtype: that the functions in question take.
         kernel: as in ``registry.resolve``: only ``cpu`` is native.
     """
-    if tensor.dtype != dtype or tensor.device.type != "cpu":
+    if any(tensor.dtype != dtype or tensor.device.type != "cpu" for tensor in tensors):
         return None
-    chosen = resolve(kernel, tensor.device)
+    chosen = resolve(kernel, torch.device("cpu"))
     return _declared(chosen.library) if isinstance(chosen, NativeKernel) else None
 
 

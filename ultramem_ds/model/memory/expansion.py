@@ -69,7 +69,7 @@ class BijectionShuffle(nn.Module):
 
     def forward(self, slots: Tensor) -> Tensor:
         """Map virtual slot ids (any shape, int64) to permuted ids."""
-        library = native_library(slots, torch.int64)
+        library = native_library(slots, dtype=torch.int64)
         if library is not None:
             return shuffle_slots(library, slots, self._tables(slots.device))
         n = self.num_keys
@@ -91,7 +91,7 @@ def build_shuffle(memory: MemoryConfig, table_index: int) -> nn.Module:
 
 def split_slots(permuted_TK: Tensor, num_rows: int) -> tuple[Tensor, Tensor]:
     """Permuted virtual ids -> (physical rows, projectors), both of the input's shape."""
-    library = native_library(permuted_TK, torch.int64)
+    library = native_library(permuted_TK, dtype=torch.int64)
     if library is not None:
         return split_by_rows(library, permuted_TK, num_rows)
     return permuted_TK % num_rows, permuted_TK // num_rows

@@ -57,7 +57,7 @@ class CausalConv(nn.Module):
         """
         batch, seq_len, hidden = x_BSD.shape
         reach = self.kernel_size - 1
-        library = native_library(x_BSD)
+        library = native_library(x_BSD, self.weight)
         if library is not None and (state_BCD is None or not torch.is_grad_enabled()):
             out_BSD = causal_conv(library, x_BSD, self.weight, doc_starts_BS, state_BCD)
             return out_BSD, _last_inputs(x_BSD, state_BCD, reach)

@@ -163,7 +163,7 @@ class Retrieval(nn.Module):
         self, form: ScoreForm, queries: Tensor, keys_2Hnrd: Tensor, search: Tensor
     ) -> tuple[Tensor, Tensor]:
         """Slots ``(T, H, m)`` and scores per core ``(T, H, m, h)``, best first."""
-        library = native_library(queries, kernel=self.kernel)
+        library = native_library(queries, keys_2Hnrd, kernel=self.kernel)
         if library is not None and self.candidates == "one-sided":
             with torch.no_grad():
                 search_2THn = torch.einsum(self._product(""), queries, search)
