@@ -116,6 +116,7 @@ def outlive_a_full_disk(rank: int, world_size: int, leg: Leg) -> dict[str, Any]:
     with pytest.raises(OSError, match="could not be saved") as error:
         engine.save(leg.run_dir, len(series), "test data", wait=True)  # as at the end of a run
     failures.append(str(error.value))
+    engine.comm.barrier()  # rank 0 removes what was half-written
     here = sorted(os.listdir(checkpoints.checkpoints_dir(leg.run_dir)))
     engine.comm.barrier()
     if rank == 0:
