@@ -9,7 +9,7 @@ end after the step in progress, saved, with exit code 0, and so does this proces
 at once. A second Ctrl-C kills everything.
 
 If a process of DeepSpeed's launcher is killed, the ranks below it are told to stop, given a grace
-period, and killed. They find this process's id in ``ULTRAMEM_LAUNCHER_PID``.
+period, and killed.
 """
 
 from __future__ import annotations
@@ -27,7 +27,6 @@ from types import FrameType
 
 import psutil
 
-LAUNCHER_PID = "ULTRAMEM_LAUNCHER_PID"
 POLL_S = 0.5
 REPEAT_S = 5.0  # SIGUSR1 is repeated: a rank that is still importing ignores it
 GRACE_S = 60.0  # for ranks without a launcher to save and end
@@ -51,8 +50,7 @@ class Launcher:
         self._received: list[int] = []
         for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
             signal.signal(number, self._receive)
-        environment = {**os.environ, LAUNCHER_PID: str(os.getpid())}
-        environment.pop("RANK", None)
+        environment = {key: value for key, value in os.environ.items() if key != "RANK"}
         self._runner = subprocess.Popen(
             [sys.executable, "-m", "deepspeed.launcher.runner", *self._arguments],
             env=environment,

@@ -82,9 +82,9 @@ def ranks_of(process: subprocess.Popen[bytes]) -> dict[int, psutil.Process]:
 
 def test_signals_and_kills_continue_to_the_last_digit(prepared: Path, tmp_path: Path) -> None:
     """SIGTERM to the script, SIGUSR1 to one rank, kill -9 of everything; dropout on."""
-    train = ["train", "--preset", "ultramem-debug", "--data", str(prepared), *OVERRIDES]
+    train = ["train", "--preset", "ultramem-debug", "--data", str(prepared), "--run-dir"]
     run_dir, log = tmp_path / "run", tmp_path / "log"
-    command = [*train, "--run-dir", str(run_dir)]
+    command = [*train, str(run_dir), *OVERRIDES]
 
     with launched([*command, "train.save_every=1000"], log) as script:
         wait_for_step(run_dir, 3, script, log)
@@ -122,7 +122,7 @@ def test_signals_and_kills_continue_to_the_last_digit(prepared: Path, tmp_path: 
     left = [path.name for path in checkpoints_dir(run_dir).iterdir()]
     assert not [name for name in left if name.startswith(".tmp")]
     undisturbed = tmp_path / "undisturbed"
-    whole = run_verb(*train, "--run-dir", str(undisturbed), end, nproc=2)
+    whole = run_verb(*train, str(undisturbed), *OVERRIDES, end, nproc=2)
     assert whole.returncode == 0, whole.stderr
     assert series(run_dir) == series(undisturbed)
     assert len(series(run_dir)) == reached + 2

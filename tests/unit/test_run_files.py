@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import resource
+import signal
 from pathlib import Path
 
 import pytest
@@ -10,6 +12,7 @@ import pytest
 from ultramem_ds.elastic.record import write_layout, write_rank_layout
 from ultramem_ds.train import checkpoint as checkpoints
 from ultramem_ds.train.metrics import MetricsWriter, read_lines
+from ultramem_ds.utils.lines import LineFile
 
 
 def state(step: int) -> checkpoints.TrainerState:
@@ -98,3 +101,23 @@ def test_a_broken_line_in_the_middle_is_an_error(tmp_path: Path) -> None:
     path.write_text('{"step": 1}\nnonsense\n{"step": 3}\n')
     with pytest.raises(ValueError, match="metrics.jsonl:2"):
         read_lines(path)
+
+
+def test_lines_wait_for_space(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Whole lines only, in order, none lost once there is room again."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    lines = LineFile(tmp_path / "lines")
+    before = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # as Python does by itself
+    try:
+        lines.write("first")
+        resource.setrlimit(resource.RLIMIT_FSIZE, (9, hard))
+        lines.write("second")
+        lines.write("third")
+        assert (tmp_path / "lines").read_text() == "first\n"
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        signal.signal(signal.SIGXFSZ, before)
+    lines.write("fourth")
+    lines.close()
+    assert (tmp_path / "lines").read_text() == "first\nsecond\nthird\nfourth\n"
+    assert capsys.readouterr().err.count("Its lines wait in memory") == 1

@@ -78,12 +78,22 @@ class RankFiles:
         """
         checkpoint.mkdir(parents=True, exist_ok=True)
         for name, source in self.sources.items():
-            # An open file, not a path: torch's own writer turns a full disk into a RuntimeError.
-            with open(checkpoint / name, "wb") as file:
-                torch.save(source(), file)
+            _write(checkpoint / name, source())
         if self.rank == 0:
             _copy_recovery_scripts(checkpoint.parent)
         write_rank_layout(checkpoint, self.rank, self.stores, self.sources)
+
+
+def _write(path: Path, value: Any) -> None:
+    """``torch.save``, whose zip writer may turn the error of a full disk into its own."""
+    try:
+        with open(path, "wb") as file:
+            torch.save(value, file)
+    except RuntimeError as error:
+        cause: BaseException | None = error
+        while cause is not None and not isinstance(cause, OSError):
+            cause = cause.__context__
+        raise (cause or OSError(str(error))) from None
 
 
 def _copy_recovery_scripts(directory: Path) -> None:
@@ -121,6 +131,7 @@ class HostCopies:
         copied = value
         if isinstance(value, Tensor):
             copied = self._copy_tensor(value, storages)
+            vars(copied).update(self._copy(vars(value), memo, storages))  # saved with it
         elif type(value) in (dict, OrderedDict, defaultdict):
             copied = copy.copy(value)  # with the attributes that an OrderedDict may carry
             for key, item in value.items():

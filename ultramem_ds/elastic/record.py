@@ -132,9 +132,9 @@ def write_layout(
     files: dict[str, Any] = {}
     for rank in range(world_size):
         files |= _read_json(checkpoint / rank_file(rank))["files"]
-    for path in sorted(checkpoint.rglob("*")):
+    for path in sorted(checkpoint.rglob("*")):  # ranks' lists, trainer state, offloaded tensors
         name = str(path.relative_to(checkpoint))
-        if path.is_file() and name not in files:
+        if path.is_file() and name not in files and name != LAYOUT:
             files[name] = asdict(_sync_and_describe(path, 0))
     values = {
         "format": FORMAT,

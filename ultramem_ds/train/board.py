@@ -5,7 +5,8 @@ One event per call holds all of its numbers: a tenth of the cost of one event pe
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import sys
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -140,6 +141,8 @@ class Board:
     def __init__(
         self, directory: Path, first_step: int, hyper: Mapping[str, bool | str | float | int]
     ) -> None:
+        self._directory = directory
+        self._lost = False
         self._file = FileWriter(str(directory))
         self._file.add_event(Event(file_version="brain.Event:2"), first_step)
         self._file.add_event(Event(session_log=SessionLog(status=SessionLog.START)), first_step)
@@ -151,12 +154,27 @@ class Board:
     def write(self, step: int, tagged: Mapping[str, float]) -> None:
         """Write numbers by tag."""
         values = [Summary.Value(tag=tag, simple_value=value) for tag, value in tagged.items()]
-        self._file.add_summary(Summary(value=values), step)
+        self._attempt(lambda: self._file.add_summary(Summary(value=values), step))
 
     def flush(self) -> None:
         """Bring everything written to disk."""
-        self._file.flush()
+        self._attempt(self._file.flush)
 
     def close(self) -> None:
         """Flush and close."""
-        self._file.close()
+        self._attempt(self._file.close)
+
+    def _attempt(self, write: Callable[[], None]) -> None:
+        """Write unless the disk was full before: TensorBoard's thread does not outlive that."""
+        if self._lost:
+            return
+        try:
+            write()
+        except OSError as error:
+            self._lost = True
+            print(
+                f"WARNING: {self._directory} cannot be written: {error}. TensorBoard gets no more "
+                "points until the next start; metrics.jsonl goes on",
+                file=sys.stderr,
+                flush=True,
+            )

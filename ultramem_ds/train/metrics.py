@@ -14,6 +14,7 @@ from types import MappingProxyType
 from typing import Any
 
 from ultramem_ds.train.board import VALIDATION_GROUP, Board, scalars
+from ultramem_ds.utils.lines import LineFile
 
 METRICS = "metrics.jsonl"
 VALIDATION = "validation.jsonl"
@@ -74,8 +75,8 @@ class MetricsWriter:
     ) -> None:
         for name in (METRICS, VALIDATION):
             truncate_after(run_dir / name, first_step - 1)
-        self._metrics = open(run_dir / METRICS, "a", encoding="utf-8")  # noqa: SIM115
-        self._validation = open(run_dir / VALIDATION, "a", encoding="utf-8")  # noqa: SIM115
+        self._metrics = LineFile(run_dir / METRICS)
+        self._validation = LineFile(run_dir / VALIDATION)
         self._board = Board(run_dir / "tensorboard", first_step, hyper)
 
     def close(self) -> None:
@@ -86,14 +87,12 @@ class MetricsWriter:
 
     def write_step(self, record: dict[str, Any]) -> None:
         """Write one optimizer step; ``record`` holds ``step`` and numbers (or lists of numbers)."""
-        self._metrics.write(json.dumps(record) + "\n")
-        self._metrics.flush()
+        self._metrics.write(json.dumps(record))
         self._board.write(record["step"], scalars(record))
 
     def write_validation(self, step: int, losses: dict[str, float]) -> None:
         """Write validation losses by subset, nats per token; ``all`` is the token-weighted mean."""
-        self._validation.write(json.dumps({"step": step, **losses}) + "\n")
-        self._validation.flush()
+        self._validation.write(json.dumps({"step": step, **losses}))
         self._board.write(
             step, {f"{VALIDATION_GROUP}/{name}": loss for name, loss in losses.items()}
         )
