@@ -18,6 +18,7 @@ The code that is shipped knows nothing of this: hooks and wrappers are installed
 | raise | raises RuntimeError |
 | badvalue | raises ValueError |
 | stall | sleeps for ever |
+| pause | sleeps for five seconds |
 | freeze | stops the process (SIGSTOP) |
 | kill | kills the process (SIGKILL) |
 | term | sends the process SIGTERM |
@@ -118,6 +119,8 @@ class Injector:
             raise ValueError("injected bad value")
         if what == "stall":
             time.sleep(1e6)
+        elif what == "pause":
+            time.sleep(5.0)
         elif what == "killlauncher":
             os.kill(os.getppid(), signal.SIGKILL)
         else:
