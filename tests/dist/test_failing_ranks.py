@@ -33,18 +33,25 @@ MARK = "ULTRAMEM_TEST_MARK"
 
 
 class Job:
-    """A launched run of two ranks; its processes, children too, are known by a mark."""
+    """A launched run; its processes, children too, are known by a mark."""
 
     def __init__(
-        self, data: Path, run_dir: Path, *overrides: str, faults: str = "", preset: str = "dense"
+        self,
+        data: Path,
+        run_dir: Path,
+        *overrides: str,
+        faults: str = "",
+        preset: str = "dense",
+        ranks: int = 2,
     ) -> None:
         with socket.socket() as sock:
             sock.bind(("127.0.0.1", 0))
             port = sock.getsockname()[1]
         self.mark = f"{run_dir}-{port}"
         self.run_dir = run_dir
-        command = [sys.executable, "-m", "deepspeed.launcher.runner", "--num_gpus", "2"]
-        command += ["--no_local_rank", "--master_addr", "127.0.0.1", "--master_port", str(port)]
+        command = [sys.executable, "-m", "deepspeed.launcher.runner"]
+        command += ["--num_gpus", str(ranks), "--no_local_rank"]
+        command += ["--master_addr", "127.0.0.1", "--master_port", str(port)]
         command += ["--module", "ultramem_ds.testing.faults", "train", "--preset"]
         command += [f"{preset}-debug", "--data", str(data), "--run-dir", str(run_dir)]
         self.log = run_dir.with_suffix(".log")
