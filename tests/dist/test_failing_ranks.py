@@ -9,6 +9,7 @@ import os
 import signal
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -25,9 +26,11 @@ SMALL = (
 ).split()
 
 
-def start(data: Path, run_dir: Path, *overrides: str, faults: str = "", **options: str) -> Job:
-    arguments = ["--preset", "dense-debug", "--data", str(data), "--run-dir", str(run_dir)]
-    return Job([*arguments, *SMALL, *overrides], run_dir, faults=faults, **options)
+def start(
+    data: Path, run_dir: Path, *overrides: str, preset: str = "dense-debug", **options: Any
+) -> Job:
+    arguments = ["--preset", preset, "--data", str(data), "--run-dir", str(run_dir)]
+    return Job([*arguments, *SMALL, *overrides], run_dir, **options)
 
 
 def finish(job: Job, timeout_s: float = 120.0) -> tuple[int, str]:

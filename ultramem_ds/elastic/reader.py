@@ -1,7 +1,7 @@
 """Read any block of any parameter or moment out of a checkpoint, whatever layout it was written in.
 
 A reader maps the old ranks' files into memory and copies the overlaps with what is asked for: a
-rank that loads its shard of a table touches those bytes and no others.
+rank that loads its shard of a table touches those bytes and no others, and keeps none of them.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from ultramem_ds.elastic.record import (
 from ultramem_ds.elastic.safe import DamagedCheckpointError, member, safe_load
 from ultramem_ds.sharding.blocks import Block, Piece
 from ultramem_ds.sharding.optimizer_state import KINDS, MASTER, MOMENTS
+from ultramem_ds.utils.mapped import copy_from_mapped
 
 OPEN_FILES = 16  # mapped at a time
 
@@ -106,7 +107,7 @@ class CheckpointReader:
             file, piece = copies[reader_rank % len(copies)]
             values_RC = self._stored(file, kind, piece)
             target_RC = block.cut(out_RC, part)
-            target_RC.copy_(held.cut(values_RC, part))
+            copy_from_mapped(target_RC, held.cut(values_RC, part))
             check_finite(target_RC, part, f"{kind} of {name}", self.checkpoint / file)
             num_copied += part.numel
         if num_copied != block.numel:

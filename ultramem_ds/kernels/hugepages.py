@@ -10,7 +10,9 @@ import ctypes
 import mmap
 import os
 import sys
+from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 
 _MADV_HUGEPAGE = 14  # linux/mman.h: huge pages at the next first touch
@@ -48,6 +50,18 @@ def advise_huge_pages(tensor: Tensor, *, collapse: bool = False) -> bool:
     libc.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
     taken = libc.madvise(start, length, _MADV_HUGEPAGE) == 0
     return taken and (not collapse or libc.madvise(start, length, _MADV_COLLAPSE) == 0)
+
+
+def resident_zeros(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Zeros whose memory is there at once, in huge pages where the system has them.
+
+    ``torch.zeros`` of a large CPU tensor leaves its pages to their first touch: a row-sparse step
+    would pay two page faults for every row that it meets for the first time, the more the larger
+    the table.
+    """
+    tensor = torch.empty(tuple(shape), dtype=dtype, device=device)
+    advise_huge_pages(tensor)
+    return tensor.zero_()
 
 
 def huge_page_bytes(tensor: Tensor) -> int:

@@ -25,12 +25,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from ultramem_ds.config.schema import OptimConfig
 from ultramem_ds.kernels import row_adam_
+from ultramem_ds.kernels.hugepages import resident_zeros
 
 NEGLIGIBLE = 1e-17  # rho^k below this moves nothing in fp32
 SETTLE_ROWS = 1 << 16  # rows brought up to date at a time
@@ -56,9 +58,12 @@ class LazyRowAdam:
         self.kernel = kernel
         self.step = 0
         now_RV = values()
-        self._master_RV = None if now_RV.dtype == torch.float32 else now_RV.float()
-        self.exp_avg_RV = torch.zeros_like(now_RV, dtype=torch.float32)
-        self.exp_avg_sq_RV = torch.zeros_like(now_RV, dtype=torch.float32)
+        make_zeros = partial(resident_zeros, now_RV.shape, torch.float32, now_RV.device)
+        self._master_RV = None
+        if now_RV.dtype != torch.float32:
+            self._master_RV = make_zeros().copy_(now_RV)
+        self.exp_avg_RV = make_zeros()
+        self.exp_avg_sq_RV = make_zeros()
 
     @property
     def master_RV(self) -> Tensor:

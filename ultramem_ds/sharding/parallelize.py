@@ -12,6 +12,7 @@ from torch import nn
 
 from ultramem_ds.config.deepspeed import offload_device, zero_stage
 from ultramem_ds.config.schema import Config
+from ultramem_ds.kernels.hugepages import advise_huge_pages
 from ultramem_ds.model.init import fill_block, init_parameter
 from ultramem_ds.model.lm import LanguageModel
 from ultramem_ds.optim.param_groups import build_param_groups
@@ -162,6 +163,7 @@ def _install_tables(
         spec = TableSpec.from_config(config.memory, index)
         layout = shard_layout(spec, partition, groups.shard.world_size, groups.shard.rank)
         values_RV = torch.empty(layout.shape, dtype=dtype, device=ranks.device)
+        advise_huge_pages(values_RV)
         fill_block(
             values_RV, config, config.train.seed, index, layout.first_row, layout.first_column
         )

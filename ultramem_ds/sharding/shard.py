@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ultramem_ds.kernels.hugepages import resident_zeros
 from ultramem_ds.sharding.comm import Comm
 from ultramem_ds.sharding.table_plan import ShardLayout, TableSpec
 
@@ -64,7 +65,7 @@ class TableShard:
         if self._grad_RV is None:
             values = self._read()
             dtype = torch.promote_types(values.dtype, torch.float32)
-            self._grad_RV = torch.zeros(self.layout.shape, dtype=dtype, device=values.device)
+            self._grad_RV = resident_zeros(self.layout.shape, dtype, values.device)
         return self._grad_RV
 
     def open(self, rows: Tensor) -> OpenShard:

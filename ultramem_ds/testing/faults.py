@@ -24,6 +24,7 @@ The code that is shipped knows nothing of this: hooks and wrappers are installed
 | term | sends the process SIGTERM |
 | killlauncher | kills the process that started this one |
 | drift | changes a replicated parameter |
+| badrow | looks up a row that the table does not have |
 """
 
 from __future__ import annotations
@@ -44,6 +45,7 @@ DONE = "ULTRAMEM_FAULTS_DONE"
 
 _FAULT = re.compile(r"^([a-z]+)@(\d+)(?:-(\d+))?:(\d+)(?::(\w+))?$")
 _IN_MODEL = ("nan", "nangrad", "spike", "drift")  # done where the loss is at hand
+_IN_LOOKUP = ("badrow",)
 
 
 @dataclass(frozen=True)
@@ -85,8 +87,17 @@ class Injector:
     def entered(self, step: int, phase: str) -> None:
         """The run is at ``step`` and has entered ``phase``."""
         for fault in self.faults:
-            if fault.what not in _IN_MODEL and fault.phase == phase and self._take(fault, step):
+            elsewhere = fault.what in (*_IN_MODEL, *_IN_LOOKUP)
+            if not elsewhere and fault.phase == phase and self._take(fault, step):
                 self._do(fault.what)
+
+    def rows(self, rows_TK: torch.Tensor, step: int) -> torch.Tensor:
+        """What the rows of a lookup of ``step`` become."""
+        for fault in self.faults:
+            if fault.what in _IN_LOOKUP and self._take(fault, step):
+                rows_TK = rows_TK.clone()
+                rows_TK[0, 0] = 10**9
+        return rows_TK
 
     def loss(self, model: torch.nn.Module, loss: torch.Tensor, step: int) -> torch.Tensor:
         """What the loss of a forward of ``step`` becomes."""
@@ -159,6 +170,11 @@ def install(injector: Injector) -> None:
             return {**terms, "loss": injector.loss(model, terms["loss"], engine.phases.step)}
 
         engine.model.register_forward_hook(hook)
+        for memory in engine.model.memory_layers:
+            memory.lookup.start = looking_up(memory.lookup.start, engine)
+
+    def looking_up(start: Any, engine: Any) -> Any:
+        return lambda rows_TK, *rest: start(injector.rows(rows_TK, engine.phases.step), *rest)
 
     Phases._switch = switching  # type: ignore[method-assign, assignment]
     TrainEngine.__init__ = building  # type: ignore[method-assign, assignment]
