@@ -10,7 +10,7 @@ import pytest
 from tests.dist.test_failing_ranks import finish, start
 from ultramem_ds.testing.launched import faults_of
 
-MEMORY = ("memory.knum=25", "memory.top_m=4", "memory.shard_group_size=2")
+MEMORY = ("memory.placement=1:2", "memory.knum=25", "memory.top_m=4", "memory.shard_group_size=2")
 
 
 @pytest.mark.dist

@@ -22,10 +22,11 @@ def log_fault(run_dir: Path, kind: str, text: str, **details: Any) -> None:
     Args:
         run_dir: the run directory.
         kind: a short word: ``bad step``, ``rollback``, ``failure``, ``hang``, ...
-        text: for people, on stderr.
+        text: for people, on stderr too.
         **details: plain values beside it.
     """
-    line = json.dumps({"time": round(time.time(), 3), "kind": kind, **details}) + "\n"
+    event = {"time": round(time.time(), 3), "kind": kind, "text": text, **details}
+    line = json.dumps(event) + "\n"
     # One write of an O_APPEND file: lines of several processes do not mix.
     descriptor = os.open(run_dir / FAULTS, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
     try:
