@@ -83,8 +83,9 @@ class Launcher:
                 if signal.SIGUSR1 in self._received:
                     repeat_at_s = time.monotonic() + REPEAT_S
         if self._group_lives():
-            # DeepSpeed's runner ends with 0 where its launcher was killed.
-            print("the launcher was killed: stopping its ranks", file=sys.stderr, flush=True)
+            # Workers of ranks that were killed; or all ranks, where DeepSpeed's launcher was
+            # (its runner then ends with 0).
+            print("ending what is left of the ranks", file=sys.stderr, flush=True)
             self._end_group()
             return code or 1
         return code if code >= 0 else 128 - code

@@ -58,7 +58,7 @@ def save_twice(rank: int, world_size: int, leg: Leg) -> None:
     engine.engine.destroy()
 
 
-@pytest.mark.parametrize("kind", ["ultramem", "moe", "row-sparse"])
+@pytest.mark.parametrize("kind", ["moe", "row-sparse"])
 def test_background_files_are_the_foreground_s(kind: str, tmp_path: Path) -> None:
     """Byte by byte, although the weights move while the files are written."""
     overrides: tuple[str, ...] = ("train.max_steps=60",)
