@@ -56,7 +56,17 @@ _OWN = {
     + ["memory.top_m=4", "memory.stats_every=4"],
     "moe-debug": ["moe.num_experts=4"],
 }
-_TIMES = ("tokens_per_s", "step_time_s")
+# Of metrics.jsonl: what a machine did, not what a run computed.
+_MEASURED = (
+    "tokens_per_s",
+    "step_time_s",
+    "model_flops_per_s",
+    "mfu",
+    "memory_bytes",
+    "peak_memory_bytes",
+    "time_s/",
+    "wire_bytes/",
+)
 
 
 @dataclass
@@ -195,11 +205,7 @@ def series(run_dir: Path) -> list[dict[str, Any]]:
     lines = (run_dir / "metrics.jsonl").read_text().splitlines()
     records = [json.loads(line) for line in lines]
     return [
-        {
-            k: v
-            for k, v in record.items()
-            if k not in _TIMES and not k.startswith(("time", "memory_"))
-        }
+        {key: value for key, value in record.items() if not key.startswith(_MEASURED)}
         for record in records
     ]
 
