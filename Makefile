@@ -19,7 +19,7 @@ OUTPUT ?= runs/data
 TOKENIZER ?= runs/demo/tokenizer.json
 LOGDIR ?= runs
 
-.PHONY: help install demo ablation clean-demo test bad-input lint format check train prepare tensorboard evaluate generate bench clean
+.PHONY: help install demo ablation clean-demo test bad-input lint format check train prepare tensorboard evaluate generate bench chaos clean
 .DEFAULT_GOAL := help
 
 help: ## list the targets
@@ -80,6 +80,9 @@ generate: install ## continue PROMPT with CHECKPOINT
 
 bench: install ## benchmarks side by side: ARGS="lookup|decode|layer|step|comm ..."; default: lookups in a small table
 	$(PY) -m ultramem_ds bench $(if $(ARGS),$(ARGS),lookup --rows 200000)
+
+chaos: install ## the fault campaign, about 15 minutes: ARGS="--trials 30 --seed 0 --json FILE"
+	$(PY) -m ultramem_ds.testing.chaos $(ARGS)
 
 clean: ## remove caches and builds; keeps .venv and runs
 	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

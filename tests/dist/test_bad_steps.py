@@ -40,13 +40,10 @@ STEPS = 4
 
 # name -> preset, DeepSpeed JSON ("" = its own), further overrides
 JOBS: dict[str, tuple[str, str, list[str]]] = {
-    "dense ZeRO-1": ("dense-debug", "", []),
     "dense ZeRO-1 bf16": ("dense-debug", "", [BF16]),
     "dense ZeRO-2 bf16": ("dense-debug", "dense_zero2", [BF16]),
     "moe ZeRO-1": ("moe-debug", "moe_zero1", ["moe.num_experts=4"]),
     "moe ZeRO-2": ("moe-debug", "", ["moe.num_experts=4"]),
-    "moe ZeRO-2 bf16": ("moe-debug", "", ["moe.num_experts=4", BF16]),
-    "ultramem": ("ultramem-debug", "", TABLES),
     "ultramem bf16": ("ultramem-debug", "cpu_debug", [*TABLES, BF16]),
     "ultramem row-sparse": (
         "ultramem-debug",

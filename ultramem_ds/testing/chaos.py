@@ -56,7 +56,17 @@ _OWN = {
     + ["memory.top_m=4", "memory.stats_every=4"],
     "moe-debug": ["moe.num_experts=4"],
 }
-_TIMES = ("tokens_per_s", "step_time_s")
+# Of metrics.jsonl: what a machine did, not what a run computed.
+_MEASURED = (
+    "tokens_per_s",
+    "step_time_s",
+    "model_flops_per_s",
+    "mfu",
+    "memory_bytes",
+    "peak_memory_bytes",
+    "time_s/",
+    "wire_bytes/",
+)
 
 
 @dataclass
@@ -195,11 +205,7 @@ def series(run_dir: Path) -> list[dict[str, Any]]:
     lines = (run_dir / "metrics.jsonl").read_text().splitlines()
     records = [json.loads(line) for line in lines]
     return [
-        {
-            k: v
-            for k, v in record.items()
-            if k not in _TIMES and not k.startswith(("time", "memory_"))
-        }
+        {key: value for key, value in record.items() if not key.startswith(_MEASURED)}
         for record in records
     ]
 
@@ -403,16 +409,23 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--work", type=Path, help="kept afterwards; default: a temporary directory")
     parser.add_argument("--json", type=Path, help="where to write every trial")
     parser.add_argument("--fault", action="append", choices=list(FAULTS), help="only these")
+    parser.add_argument("--preset", action="append", choices=PRESETS, help="only these")
+    parser.add_argument("--minutes", type=float, help="start no trial after so long")
     arguments = parser.parse_args(argv)
+    presets = arguments.preset or list(PRESETS)
     names = arguments.fault or list(FAULTS)
     with contextlib.ExitStack() as stack:
         work = arguments.work or Path(stack.enter_context(tempfile.TemporaryDirectory()))
         campaign = Campaign(work.resolve(), arguments.seed)
-        trials = []
+        trials: list[Trial] = []
+        began = time.monotonic()
         for number in range(arguments.trials):
             fault = names[number % len(names)]
             # Both presets meet every fault when there are enough trials.
-            preset = PRESETS[(number + number // len(names)) % 2]
+            preset = presets[(number + number // len(names)) % len(presets)]
+            if arguments.minutes and time.monotonic() - began > 60 * arguments.minutes:
+                print(f"{arguments.minutes:g} minutes are over after {number} trials")
+                break
             trial = campaign.run(number, preset, fault)
             trials.append(trial)
             state = "ok" if trial.passed else f"FAILED {trial.wrong or asdict(trial)}"
