@@ -4,11 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 from ultramem_ds.config.load import load_run_config
 from ultramem_ds.train.metrics import METRICS, VALIDATION, read_lines
 from ultramem_ds.utils.files import read_json, write_text
+
+# In the order of a step.
+PHASES = ("data", "forward", "lookup", "backward", "optimizer", "other")
 
 
 def read_run(run_dir: Path) -> dict[str, Any]:
@@ -37,8 +41,10 @@ def plot_losses(runs: Sequence[dict[str, Any]], path: Path, smooth: int = 20) ->
 
     figure, axes = plt.subplots(1, 2, figsize=(12, 4.5), layout="constrained")
     for run in runs:
-        tokens = [record["tokens"] for record in run["metrics"]]
-        losses = [record["loss"] for record in run["metrics"]]
+        # A skipped step's loss may be null: no number.
+        good = [record for record in run["metrics"] if record["loss"] is not None]
+        tokens = [record["tokens"] for record in good]
+        losses = [record["loss"] for record in good]
         if not tokens:
             continue
         mean = [
@@ -61,6 +67,47 @@ def plot_losses(runs: Sequence[dict[str, Any]], path: Path, smooth: int = 20) ->
     temporary.replace(path)
 
 
+def median_phases_ms(run: dict[str, Any]) -> dict[str, float]:
+    """Median milliseconds of each phase over the steps of a run; a phase that is absent took 0."""
+    names = sorted(
+        {key for record in run["metrics"] for key in record if key.startswith("time_s/")}
+    )
+    return {
+        name.removeprefix("time_s/"): 1e3 * median(r.get(name, 0.0) for r in run["metrics"])
+        for name in names
+    }
+
+
+def plot_speed(runs: Sequence[dict[str, Any]], path: Path) -> None:
+    """Each run's median step cut into phases, and its tokens per second over steps."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(1, 2, figsize=(12, 4.5), layout="constrained")
+    phases = [median_phases_ms(run) for run in runs]
+    left = [0.0] * len(runs)
+    for name in PHASES:
+        widths = [found.get(name, 0.0) for found in phases]
+        axes[0].barh([run["name"] for run in runs], widths, left=left, label=name)
+        left = [a + b for a, b in zip(left, widths)]
+    axes[0].set(xlabel="ms", title="median step by phase, rank 0")
+    axes[0].invert_yaxis()
+    axes[0].legend()
+    for run in runs:
+        steps = [record["step"] for record in run["metrics"]]
+        axes[1].plot(steps, [r["tokens_per_s"] for r in run["metrics"]], label=run["name"])
+    axes[1].set(xlabel="step", ylabel="tokens/s", title="throughput")
+    axes[1].set_ylim(bottom=0)
+    axes[1].grid(alpha=0.3)
+    axes[1].legend()
+    temporary = path.with_suffix(".tmp.png")
+    figure.savefig(temporary, dpi=120)
+    plt.close(figure)
+    temporary.replace(path)
+
+
 def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """A Markdown table with right-aligned columns but the first, padded to be read as text."""
     columns = list(zip(header, *rows))
@@ -77,7 +124,7 @@ def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def write_report(run_dirs: Sequence[Path], output: Path) -> list[Path]:
-    """Write ``losses.png`` and ``report.md`` on the given runs into ``output``."""
+    """Write ``losses.png``, ``speed.png`` and ``report.md`` on the given runs into ``output``."""
     runs = [read_run(path) for path in run_dirs]
     if output.exists() and not output.is_dir():
         raise ValueError(f"--output {output} is a file; name a directory")
@@ -92,13 +139,44 @@ def write_report(run_dirs: Sequence[Path], output: Path) -> list[Path]:
                 run["preset"],
                 f"{last.get('step', 0)}",
                 f"{last.get('tokens', 0):,}",
-                f"{last['loss']:.4f}" if last else "-",
-                f"{validation:.4f}" if validation is not None else "-",
-                f"{run['summary'].get('tokens_per_s', 0):,.0f}",
+                _number(last.get("loss"), ".4f"),
+                _number(validation, ".4f"),
+                _number(_median(run, "tokens_per_s"), ",.0f"),
+                _number(_median(run, "mfu"), ".1%"),
+                _number(_largest(run, "peak_memory_bytes", 1e-6), ",.0f"),
             ]
         )
     header = ["run", "preset", "steps", "tokens", "training loss", "validation loss", "tokens/s"]
     plot_losses(runs, output / "losses.png")
-    text = "# Runs\n\n" + markdown_table(header, rows) + "\n![losses](losses.png)\n"
+    plot_speed(runs, output / "speed.png")
+    times = [
+        [run["name"], *(f"{median_phases_ms(run).get(p, 0):,.1f}" for p in PHASES)] for run in runs
+    ]
+    text = "\n".join(
+        [
+            "# Runs\n",
+            markdown_table([*header, "utilisation", "peak MB per rank"], rows),
+            "Tokens per second, utilisation of the peak FLOP/s and the times below are medians.\n",
+            "![losses](losses.png)\n",
+            "## Time of a step, ms on rank 0\n",
+            markdown_table(["run", *PHASES], times),
+            "![speed](speed.png)\n",
+        ]
+    )
     write_text(output / "report.md", text)
-    return [output / "report.md", output / "losses.png"]
+    return [output / "report.md", output / "losses.png", output / "speed.png"]
+
+
+def _number(value: float | None, form: str) -> str:
+    return "-" if value is None else format(value, form)
+
+
+def _median(run: dict[str, Any], key: str) -> float | None:
+    values = [record[key] for record in run["metrics"] if record.get(key) is not None]
+    return median(values) if values else None
+
+
+def _largest(run: dict[str, Any], key: str, factor: float) -> float | None:
+    """Over the steps, and over all ranks where the run has ended."""
+    sources = [*run["metrics"], run["summary"]]
+    return max((factor * r[key] for r in sources if key in r), default=None)

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import resource
+import shutil
 import signal
 from pathlib import Path
 
 import pytest
 
 from ultramem_ds.elastic.record import write_layout, write_rank_layout
+from ultramem_ds.report import median_phases_ms, read_run, write_report
 from ultramem_ds.train import checkpoint as checkpoints
 from ultramem_ds.train.metrics import MetricsWriter, read_lines
 from ultramem_ds.utils.lines import LineFile
@@ -121,3 +123,21 @@ def test_lines_wait_for_space(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     lines.close()
     assert (tmp_path / "lines").read_text() == "first\nsecond\nthird\nfourth\n"
     assert capsys.readouterr().err.count("Its lines wait in memory") == 1
+
+
+def test_a_report_shows_losses_times_and_memory(trained: Path, tmp_path: Path) -> None:
+    broken = Path(shutil.copytree(trained, tmp_path / "broken"))
+    lines = [json.loads(line) for line in (broken / "metrics.jsonl").read_text().splitlines()]
+    lines[-1]["loss"] = None  # a skipped step
+    (broken / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    (broken / "summary.json").unlink()
+    written = write_report([trained, broken], tmp_path / "report")
+    assert {path.name for path in written} == {"report.md", "losses.png", "speed.png"}
+    assert all(path.stat().st_size > 1000 for path in written if path.suffix == ".png")
+    text = (tmp_path / "report" / "report.md").read_text()
+    rows = [line for line in text.splitlines() if line.startswith(("| run ", "| broken"))]
+    assert [line.split()[1] for line in rows].count("broken") == 2
+    last = read_lines(trained / "metrics.jsonl")[-1]
+    assert f"{last['loss']:.4f}" in text
+    forward = median_phases_ms(read_run(trained))["forward"]
+    assert f"{forward:,.1f}" in text and forward > 0

@@ -15,6 +15,8 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
         help="loss, perplexity, bits per byte of a checkpoint, per subset",
         description="Evaluate a checkpoint of any world size on one process, on the validation "
         "split of prepared data.",
+        epilog="Example: ultramem-ds evaluate --checkpoint runs/mine --data runs/demo/data "
+        "--max-sequences 64",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     parser.add_argument(

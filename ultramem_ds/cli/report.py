@@ -11,7 +11,10 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
     parser = subparsers.add_parser(
         "report",
         help="curves and tables of runs as PNG and Markdown",
-        description="Write report.md and losses.png about one or more runs.",
+        description="Write report.md, losses.png and speed.png about one or more runs, finished "
+        "or running: losses, throughput, time by phase, memory.",
+        epilog="Example: ultramem-ds report runs/demo/dense-debug runs/demo/ultramem-debug "
+        "--output report",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     parser.add_argument("run_dirs", nargs="+", type=Path, metavar="RUN_DIR")

@@ -15,6 +15,7 @@ import psutil
 
 from ultramem_ds.doctor.finding import Finding
 from ultramem_ds.train.dry_run import existing_parent
+from ultramem_ds.utils.environment import world_size
 
 SHM = Path("/dev/shm")
 SEGMENTS = "deepspeed_allreduce_buffer_*"
@@ -84,7 +85,9 @@ def _mapped_files(directory: Path) -> set[str]:
 
 def check_names() -> Iterator[Finding]:
     """Whether this host finds itself and, in a launched job, its master."""
-    names = dict.fromkeys([socket.gethostname(), os.environ.get("MASTER_ADDR", "localhost")])
+    names = [socket.gethostname()]
+    if world_size() > 1 and os.environ.get("MASTER_ADDR", names[0]) != names[0]:
+        names.append(os.environ["MASTER_ADDR"])
     for name in names:
         try:
             address = socket.gethostbyname(name)
