@@ -2,6 +2,10 @@
 
 import argparse
 import json
+import os
+import platform
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -101,3 +105,26 @@ def test_bad_bench_settings_are_named():
         LookupBenchConfig(dtype="fp8")
     with pytest.raises(ValueError, match="tokens"):
         LookupBenchConfig(tokens=(0,))
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="a switch of glibc")
+def test_kept_memory_faults_no_pages():
+    """In a process of its own: the switch cannot be taken back."""
+    script = """
+import resource, torch
+from ultramem_ds.bench.common import keep_freed_memory
+def faults():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    torch.zeros(1 << 23)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+default = [faults() for _ in range(3)][-1]
+assert keep_freed_memory()
+kept = [faults() for _ in range(3)][-1]
+print(default, kept)
+"""
+    environment = {**os.environ, "THP_MEM_ALLOC_ENABLE": "0"}
+    done = subprocess.run(
+        [sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=True
+    )
+    default, kept = map(int, done.stdout.split())
+    assert default > 1000 > 10 * kept  # 32 MiB are 8192 pages, or a few large ones

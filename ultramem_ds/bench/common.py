@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
 import platform
@@ -103,6 +104,21 @@ def _repeats(run: Callable[[], object], sample_s: float, synchronize: Callable[[
     if once_s * 20 < sample_s:
         once_s = _elapsed_s(run, 10, synchronize) / 10
     return max(1, round(sample_s / max(once_s, 1e-9)))
+
+
+def keep_freed_memory() -> bool:
+    """Let freed memory stay with this process (glibc), so that fresh buffers fault no pages.
+
+    Large temporaries otherwise return to the kernel when freed, and their next use pays a fault per
+    page. Returns whether the C library has the switch. It cannot be taken back.
+    """
+    mmap_max, trim_threshold, top_pad = -4, -1, -2  # of malloc.h
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except AttributeError:
+        return False
+    settings = ((mmap_max, 0), (trim_threshold, 2**31 - 1), (top_pad, 1 << 28))
+    return all(mallopt(name, value) == 1 for name, value in settings)
 
 
 def header(config: Mapping[str, Any]) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ultramem_ds.bench.common import header, time_alternating
+from ultramem_ds.bench.common import header, keep_freed_memory, time_alternating
 from ultramem_ds.bench.layer_oracle import OracleLayer
 from ultramem_ds.config.presets import preset
 from ultramem_ds.infer.prepare import prepare_for_decoding
@@ -39,6 +39,7 @@ class LayerBenchConfig:
     tokens: tuple[int, ...] = (1, 64, 2048)
     knum: int = 0  # rows of the table = knum^2; 0 = the preset's
     rounds: int = 5
+    keep_memory: bool = False  # see ``common.keep_freed_memory``
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -52,6 +53,8 @@ def run_layer_bench(bench: LayerBenchConfig) -> dict[str, Any]:
     Variants: ``oracle`` the transcription, ``layer`` the module that trains (evaluation mode),
     ``layer-decode`` the same prepared for decoding. ``speedup``: the oracle's time over the row's.
     """
+    if bench.keep_memory:
+        keep_freed_memory()
     config = preset(bench.preset)
     trained, decoding = _layers(bench)
     oracle = OracleLayer(trained, config.memory.expansion, config.model.norm_eps)

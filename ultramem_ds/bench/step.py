@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from ultramem_ds.bench.common import header, time_alternating
+from ultramem_ds.bench.common import header, keep_freed_memory, time_alternating
 from ultramem_ds.config.presets import preset
 from ultramem_ds.config.schema import Config
 from ultramem_ds.kernels import lookup_reduce, lookup_reduce_backward_rows, row_adam_
@@ -80,6 +80,7 @@ class StepBenchConfig:
     seq_len: int = 128
     knums: tuple[int, ...] = (0,)  # rows of a table = knum^2; 0 = the shape's
     rounds: int = 5
+    keep_memory: bool = False  # see ``common.keep_freed_memory``
 
     def __post_init__(self) -> None:
         if self.shape not in SHAPES:
@@ -142,6 +143,8 @@ def equal_flops_dense(dense: Config, other: Config) -> Config:
 
 def run_step_bench(bench: StepBenchConfig) -> dict[str, Any]:
     """Measure and return ``{"rows": [{variant, tokens, direction, time_ms, ...}], ...}``."""
+    if bench.keep_memory:
+        keep_freed_memory()
     rows: list[dict[str, Any]] = []
     for knum in bench.knums:
         configs = _configs(bench, knum)

@@ -25,6 +25,9 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     parser.add_argument("--knum", type=int, default=default.knum, help="0 = the preset's")
     parser.add_argument("--rounds", type=int, default=default.rounds)
     parser.add_argument("--seed", type=int, default=default.seed)
+    parser.add_argument(
+        "--keep-memory", action="store_true", help="freed memory stays: no page faults (glibc)"
+    )
     parser.add_argument("--json", action="store_true", help="one JSON document on stdout")
     parser.set_defaults(run_bench=run)
 
@@ -32,7 +35,12 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
 def run(args: argparse.Namespace) -> int:
     """Measure and print."""
     config = LayerBenchConfig(
-        preset=args.preset, tokens=args.tokens, knum=args.knum, rounds=args.rounds, seed=args.seed
+        preset=args.preset,
+        tokens=args.tokens,
+        knum=args.knum,
+        rounds=args.rounds,
+        keep_memory=args.keep_memory,
+        seed=args.seed,
     )
     print_document(run_layer_bench(config), as_json=args.json, columns=_COLUMNS)
     return 0

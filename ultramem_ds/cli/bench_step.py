@@ -25,6 +25,9 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         "--knum", type=_counts, default=default.knums, help="table sizes; 0 = the shape's"
     )
     parser.add_argument("--rounds", type=int, default=default.rounds)
+    parser.add_argument(
+        "--keep-memory", action="store_true", help="freed memory stays: no page faults (glibc)"
+    )
     parser.add_argument("--json", action="store_true", help="one JSON document on stdout")
     parser.set_defaults(run_bench=run)
 
@@ -37,6 +40,7 @@ def run(args: argparse.Namespace) -> int:
         seq_len=args.seq_len,
         knums=args.knum,
         rounds=args.rounds,
+        keep_memory=args.keep_memory,
     )
     print_document(run_step_bench(config), as_json=args.json, columns=_COLUMNS)
     return 0

@@ -33,9 +33,11 @@ float dot(const float* a, const float* b, int64_t size) {
     others += load(a + i + kLanes) * load(b + i + kLanes);
   }
   for (; i + kLanes <= size; i += kLanes) sums += load(a + i) * load(b + i);
-  sums += others;
-  float total = 0;
-  for (int64_t lane = 0; lane < kLanes; ++lane) total += sums[lane];
+  float lanes[kLanes];
+  store(sums + others, lanes);
+  for (int64_t half = kLanes / 2; half; half /= 2)
+    for (int64_t lane = 0; lane < half; ++lane) lanes[lane] += lanes[lane + half];
+  float total = lanes[0];
   for (; i < size; ++i) total += a[i] * b[i];
   return total;
 }
@@ -48,7 +50,7 @@ inline void add_scaled(float factor, const float* x, int64_t size, float* y) {
 }
 
 inline void prefetch(const float* p, int64_t size) {
-  for (int64_t i = 0; i < size; i += kLanes) __builtin_prefetch(p + i);
+  for (int64_t i = 0; i < size; i += kLanes) __builtin_prefetch(p + i, 0, 2);
 }
 
 // Bit j: values[j] > threshold, of 16.
@@ -104,19 +106,20 @@ void ultramem_select(const float* search, int64_t side_stride, int64_t token_str
     std::vector<int64_t> candidates(2 * m), pairs(m);
     for (int64_t task = first; task < last; ++task) {
       const int64_t t = task / heads, head = task % heads;
+      const auto key = [&](int64_t side, int64_t c) {
+        return keys + ((side * heads + head) * num_keys + candidates[side * m + c]) * rank * width;
+      };
       for (int64_t side = 0; side < 2; ++side) {
         const float* ranked = search + side * side_stride + t * token_stride + head * head_stride;
-        int64_t* chosen = candidates.data() + side * m;
-        top(ranked, num_keys, m, best.data(), chosen);
-        const float* side_keys = keys + (side * heads + head) * num_keys * rank * width;
+        top(ranked, num_keys, m, best.data(), candidates.data() + side * m);
+        for (int64_t c = 0; c < m; ++c) prefetch(key(side, c), rank * width);
+      }
+      for (int64_t side = 0; side < 2; ++side) {
         const int64_t* group = groups + (side * heads + head) * rank;
-        for (int64_t c = 0; c < m; ++c) {
-          const float* key = side_keys + chosen[c] * rank * width;
-          if (c + 1 < m) prefetch(side_keys + chosen[c + 1] * rank * width, rank * width);
+        for (int64_t c = 0; c < m; ++c)
           for (int64_t a = 0; a < rank; ++a)
-            exact[(side * m + c) * rank + a] =
-                dot(key + a * width, queries + (t * num_queries + group[a]) * width, width);
-        }
+            exact[(side * m + c) * rank + a] = dot(
+                key(side, c) + a * width, queries + (t * num_queries + group[a]) * width, width);
       }
       const float *rows = exact.data(), *cols = exact.data() + m * rank;
       if (cores) {
