@@ -30,6 +30,7 @@ import psutil
 POLL_S = 0.5
 REPEAT_S = 5.0  # SIGUSR1 is repeated: a rank that is still importing ignores it
 GRACE_S = 60.0  # for ranks without a launcher to save and end
+WORKERS_GRACE_S = 10.0  # for loader workers to notice that their rank has gone
 
 
 class Launcher:
@@ -70,25 +71,33 @@ class Launcher:
                 self._hostfile.unlink()
 
     def _wait(self) -> int:
-        handed_on, repeat_at_s = 0, float("inf")
+        handed_on, repeat_at_s, look_at_s = 0, float("inf"), 0.0
+        known: list[psutil.Process] = []
         while True:
             with contextlib.suppress(subprocess.TimeoutExpired):
                 code = self._runner.wait(POLL_S)
                 break
+            now_s = time.monotonic()
             new, handed_on = self._received[handed_on:], len(self._received)
             if self._received.count(signal.SIGINT) > 1:
                 self._signal_group(signal.SIGKILL)
-            elif new or time.monotonic() > repeat_at_s:
+            elif new or now_s > repeat_at_s:
                 self._tell_ranks(new or [signal.SIGUSR1])
                 if signal.SIGUSR1 in self._received:
-                    repeat_at_s = time.monotonic() + REPEAT_S
-        if self._group_lives():
-            # Workers of ranks that were killed; or all ranks, where DeepSpeed's launcher was
-            # (its runner then ends with 0).
-            print("ending what is left of the ranks", file=sys.stderr, flush=True)
-            self._end_group()
-            return code or 1
-        return code if code >= 0 else 128 - code
+                    repeat_at_s = now_s + REPEAT_S
+            if now_s > look_at_s:
+                known, look_at_s = self._ranks() or known, now_s + REPEAT_S
+        # DeepSpeed's launcher ends after its ranks, unless it is killed: its runner then ends with 0.
+        orphaned = any(map(_runs, known)) and not self._started_by_ssh
+        if orphaned:
+            print("the launcher was killed: stopping its ranks", file=sys.stderr, flush=True)
+            self._signal_group(signal.SIGTERM)
+        self._end_group(GRACE_S if orphaned else WORKERS_GRACE_S)
+        return (code if code >= 0 else 128 - code) or int(orphaned)
+
+    @property
+    def _started_by_ssh(self) -> bool:
+        return "--hostfile" in self._arguments and "--no_ssh" not in self._arguments
 
     def _tell_ranks(self, numbers: Sequence[int]) -> None:
         number = signal.SIGUSR1 if set(numbers) == {signal.SIGUSR1} else signal.SIGTERM
@@ -102,7 +111,7 @@ class Launcher:
             below = psutil.Process(self._runner.pid).children(recursive=True)
             if ranks := _top_ranks(below):
                 return ranks
-        if "--hostfile" not in self._arguments or "--no_ssh" in self._arguments:
+        if not self._started_by_ssh:
             return []
         # Started through ssh: not below this process, but known by the port.
         port = self._arguments[self._arguments.index("--master_port") + 1]
@@ -114,19 +123,20 @@ class Launcher:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self._runner.pid, number)
 
+    def _end_group(self, grace_s: float) -> None:
+        """Give what is left of the session, loader workers for instance, its time; then kill it."""
+        deadline_s = time.monotonic() + grace_s
+        while self._group_lives() and time.monotonic() < deadline_s:
+            time.sleep(POLL_S)
+        self._signal_group(signal.SIGKILL)
+
     def _group_lives(self) -> bool:
         try:
             os.killpg(self._runner.pid, 0)
         except ProcessLookupError:
             return False
-        return True
-
-    def _end_group(self) -> None:
-        self._signal_group(signal.SIGTERM)
-        deadline_s = time.monotonic() + GRACE_S
-        while self._group_lives() and time.monotonic() < deadline_s:
-            time.sleep(POLL_S)
-        self._signal_group(signal.SIGKILL)
+        # Those that nobody has waited for do not count.
+        return any(_group(p) == self._runner.pid and _runs(p) for p in psutil.process_iter())
 
 
 def _write_hostfile(shape: str) -> Path:
@@ -145,6 +155,18 @@ def _environment(process: psutil.Process) -> dict[str, str]:
     with contextlib.suppress(psutil.Error, OSError):
         return dict(process.environ())
     return {}
+
+
+def _runs(process: psutil.Process) -> bool:
+    with contextlib.suppress(psutil.Error):
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    return False
+
+
+def _group(process: psutil.Process) -> int:
+    with contextlib.suppress(ProcessLookupError, PermissionError):
+        return os.getpgid(process.pid)
+    return -1
 
 
 def _uid(process: psutil.Process) -> int:
