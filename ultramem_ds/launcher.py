@@ -87,7 +87,7 @@ class Launcher:
                     repeat_at_s = now_s + REPEAT_S
             if now_s > look_at_s:
                 known, look_at_s = self._ranks() or known, now_s + REPEAT_S
-        # DeepSpeed's launcher ends after its ranks, unless it is killed: its runner then ends with 0.
+        # DeepSpeed's launcher ends after its ranks unless it is killed; its runner says 0 then.
         orphaned = any(map(_runs, known)) and not self._started_by_ssh
         if orphaned:
             print("the launcher was killed: stopping its ranks", file=sys.stderr, flush=True)
