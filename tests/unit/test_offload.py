@@ -35,9 +35,21 @@ def test_stale_build_lock_is_removed(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["build.ninja"]
 
 
+def test_build_lock_of_a_dead_process_is_removed(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Just written, by a process that was killed: removed at once, and said."""
+    code = "import os, sys; os.open(sys.argv[1], os.O_CREAT | os.O_EXCL); os.kill(os.getpid(), 9)"
+    subprocess.run([sys.executable, "-c", code, str(tmp_path / "lock")], check=False)
+    assert (tmp_path / "lock").exists()
+    offload.remove_stale_lock(tmp_path)
+    assert not (tmp_path / "lock").exists()
+    assert "left behind by a killed process" in capfd.readouterr().err
+
+
 def test_fresh_build_lock_is_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Somebody is compiling: their lock goes when they are done."""
-    (tmp_path / "lock").write_text("")
+    descriptor = os.open(tmp_path / "lock", os.O_CREAT | os.O_EXCL)  # as PyTorch keeps it
     waits = []
 
     def finish_after_two(seconds: float) -> None:
@@ -47,6 +59,7 @@ def test_fresh_build_lock_is_waited_for(tmp_path: Path, monkeypatch: pytest.Monk
 
     monkeypatch.setattr(offload.time, "sleep", finish_after_two)
     offload.remove_stale_lock(tmp_path)
+    os.close(descriptor)
     assert len(waits) == 2
 
 

@@ -2,8 +2,8 @@
 
 DeepSpeed compiles its CPU Adam and its asynchronous file I/O at first use. PyTorch guards that with
 a lock file, which a process killed while compiling leaves behind, and on which every later start
-waits for ever. Here compiling happens under a kernel lock, and a lock file whose directory has not
-changed for long is removed.
+waits for ever. Here compiling happens under a kernel lock, and a lock file whose owner is dead, or
+whose directory has not changed for long, is removed.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from typing import Any
 import filelock
 
 from ultramem_ds.config.deepspeed import offload_device
+from ultramem_ds.utils.processes import is_abandoned
 
 BUILD_TIMEOUT_S = 1800.0
 STALE_AFTER_S = 300.0  # longer than one source file takes to compile
@@ -112,12 +113,13 @@ def build_op(builder: Any) -> None:
 def remove_stale_lock(directory: Path) -> None:
     """Remove PyTorch's lock file of a build directory in which nobody is building any more.
 
-    Waits while files in it still change.
+    Its owner keeps it open: where that can be seen, it goes as soon as nobody does. Elsewhere this
+    waits while files in the directory still change.
     """
-    lock = directory / "lock"
+    lock = (directory / "lock").resolve()
     while lock.exists():
         newest = max(os.stat(path).st_mtime for path in (directory, *directory.iterdir()))
-        if time.time() - newest > STALE_AFTER_S:
+        if is_abandoned(lock) or time.time() - newest > STALE_AFTER_S:
             print(f"removing {lock}, left behind by a killed process", file=sys.stderr)
             lock.unlink(missing_ok=True)
             return

@@ -120,7 +120,10 @@ class Campaign:
     def reference(self, preset: str, faults: str = "") -> list[dict[str, Any]]:
         """Series of a run that nothing interrupts."""
         if (preset, faults) not in self._references:
-            run_dir = self.work / f"undisturbed-{preset}-{len(self._references)}"
+            run_dir = self.work / f"undisturbed-{preset}-{faults.replace(':', '-')}"
+            if (run_dir / "summary.json").exists():  # of an earlier part of the campaign
+                self._references[preset, faults] = series(run_dir)
+                return self._references[preset, faults]
             shutil.rmtree(run_dir, ignore_errors=True)
             job = Job(self.arguments(preset, run_dir), run_dir, faults=faults)
             if not job.ended(START_LIMIT_S) or job.process.returncode != 0:
@@ -407,7 +410,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--trials", type=int, default=30)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--work", type=Path, help="kept afterwards; default: a temporary directory")
-    parser.add_argument("--json", type=Path, help="where to write every trial")
+    parser.add_argument(
+        "--json", type=Path, help="where to write every trial; with --work, goes on where it ends"
+    )
     parser.add_argument("--fault", action="append", choices=list(FAULTS), help="only these")
     parser.add_argument("--preset", action="append", choices=PRESETS, help="only these")
     parser.add_argument("--minutes", type=float, help="start no trial after so long")
@@ -418,14 +423,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         work = arguments.work or Path(stack.enter_context(tempfile.TemporaryDirectory()))
         campaign = Campaign(work.resolve(), arguments.seed)
         trials: list[Trial] = []
+        if arguments.json is not None and arguments.work is not None and arguments.json.exists():
+            trials = [Trial(**values) for values in json.loads(arguments.json.read_text())]
         began = time.monotonic()
-        for number in range(arguments.trials):
+        for number in range(len(trials), arguments.trials):
             fault = names[number % len(names)]
             # Both presets meet every fault when there are enough trials.
             preset = presets[(number + number // len(names)) % len(presets)]
             if arguments.minutes and time.monotonic() - began > 60 * arguments.minutes:
                 print(f"{arguments.minutes:g} minutes are over after {number} trials")
-                break
+                return 75  # not finished: the same command goes on
             trial = campaign.run(number, preset, fault)
             trials.append(trial)
             state = "ok" if trial.passed else f"FAILED {trial.wrong or asdict(trial)}"

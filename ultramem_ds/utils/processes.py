@@ -6,6 +6,7 @@ import contextlib
 import os
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 import psutil
 
@@ -63,6 +64,25 @@ def find_process(pid: int, created: float) -> psutil.Process | None:
         return process if process.create_time() == created and is_alive(process) else None
     except psutil.Error:
         return None
+
+
+_LOCAL_FILE_SYSTEMS = ("ext2", "ext3", "ext4", "xfs", "btrfs", "zfs", "f2fs", "tmpfs", "overlay")
+
+
+def is_abandoned(path: Path) -> bool:
+    """Whether no process has the file open; False on a file system that others may share.
+
+    Processes whose files this user may not see cannot be building in this user's directory.
+    """
+    mounts = [m for m in psutil.disk_partitions(all=True) if path.is_relative_to(m.mountpoint)]
+    mount = max(mounts, default=None, key=lambda mount: len(mount.mountpoint))
+    if mount is None or mount.fstype not in _LOCAL_FILE_SYSTEMS:
+        return False
+    for descriptor in Path("/proc").glob("[0-9]*/fd/*"):
+        with contextlib.suppress(OSError):  # it has been closed meanwhile
+            if os.readlink(descriptor) == str(path):
+                return False
+    return True
 
 
 def kill_children() -> None:
