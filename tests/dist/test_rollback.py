@@ -31,8 +31,8 @@ ARGUMENTS = (
 
 
 def run(data: Path, run_dir: Path, *more: str, **extra: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "ultramem_ds.testing.faults", "train", *ARGUMENTS]
-    command += ["--data", str(data), "--run-dir", str(run_dir), *more]
+    command = [sys.executable, "-m", "ultramem_ds.testing.faults", "train"]
+    command += ["--data", str(data), "--run-dir", str(run_dir), *ARGUMENTS, *more]
     return subprocess.run(
         command, env=environment(**extra), cwd=ROOT, capture_output=True, text=True, timeout=120
     )
