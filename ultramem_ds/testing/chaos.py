@@ -42,7 +42,7 @@ from ultramem_ds.train.checkpoint import (
 
 STEPS = 10
 MAX_STARTS = 5
-START_LIMIT_S = 150.0
+START_LIMIT_S = 240.0  # twenty times what a start takes on a quiet machine
 PRESETS = ("ultramem-debug", "moe-debug")
 PHASES = ("data", "forward", "backward", "optimizer")
 _SMALL = (
@@ -57,8 +57,10 @@ _OWN = {
     "moe-debug": ["moe.num_experts=4"],
 }
 # Of metrics.jsonl: neither what a machine did, nor statistics of windows that a restart cuts short.
-_SERIES = ("step", "loss", "grad_norm", "tokens", "lr", "lr_values", "aux_loss", "balance_loss")
-_SERIES += ("expert_share", "bad_steps", "skipped", "samples")
+_SERIES = frozenset(
+    "step loss grad_norm tokens lr lr_values aux_loss balance_loss expert_share bad_steps skipped "
+    "samples".split()
+)
 
 
 @dataclass
