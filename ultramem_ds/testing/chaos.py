@@ -58,8 +58,20 @@ _OWN = {
 }
 # Of metrics.jsonl: neither what a machine did, nor statistics of windows that a restart cuts short.
 _SERIES = frozenset(
-    "step loss grad_norm tokens lr lr_values aux_loss balance_loss expert_share bad_steps skipped "
-    "samples".split()
+    [
+        "step",
+        "loss",
+        "grad_norm",
+        "tokens",
+        "lr",
+        "lr_values",
+        "aux_loss",
+        "balance_loss",
+        "expert_share",
+        "bad_steps",
+        "skipped",
+        "samples",
+    ]
 )
 
 
