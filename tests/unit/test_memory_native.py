@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from tests.unit.memory_helpers import inputs, make_layer
+from ultramem_ds.kernels import select
 from ultramem_ds.kernels.native import native_library
 from ultramem_ds.model.memory.expansion import BijectionShuffle, split_slots
 from ultramem_ds.model.memory.query import CausalConv
@@ -59,6 +60,20 @@ def test_gradients_are_compared_somewhere():
     narrow = copy.deepcopy(wide).float()
     x = inputs(3, 30)
     assert torch.equal(wide(x).slots_TK, narrow(x.float()).slots_TK)
+
+
+def test_runs_of_tokens_make_no_difference(monkeypatch):
+    """Searching 7 tokens at a time, the last run shorter, gives what one search gives."""
+    retrieval = make_layer(dtype=torch.float32, knum=40, top_m=5, **TUCKER).retrieval
+    x = inputs(2, 20, dtype=torch.float32)
+    weight = torch.randn(retrieval(x).scores_TKh.shape)
+    whole = selected(retrieval, x, weight)
+    monkeypatch.setattr(select, "TOKENS_PER_SEARCH", 7)
+    parts = selected(retrieval, x, weight)
+    assert torch.equal(whole[0], parts[0])
+    torch.testing.assert_close(whole[1], parts[1])
+    for name, grad in whole[2].items():
+        torch.testing.assert_close(grad, parts[2][name], rtol=1e-5, atol=1e-6)
 
 
 def test_gradients_do_not_depend_on_threads(restored_threads):

@@ -91,7 +91,7 @@ class PackedSelect:
         assert library is not None
         return select_slots(
             library,
-            self.product(queries, search),
+            lambda tokens: self.product(queries[tokens], search),
             queries.flatten(1, -2),
             self.groups_2Hr,
             keys_2Hnrd,

@@ -18,7 +18,7 @@ from ultramem_ds.kernels.registry import resolve
 # Argument types: p array, i int64.
 _TYPES = {"p": c_void_p, "i": c_int64}
 _SIGNATURES = {
-    "ultramem_select": "p" + "i" * 3 + "p" * 4 + "i" * 8 + "p" * 3,
+    "ultramem_select": "p" + "i" * 3 + "p" * 4 + "i" * 9 + "p" * 3,
     "ultramem_select_backward": "p" * 7 + "i" * 8 + "p" * 4,
     "ultramem_conv": "p" * 4 + "i" * 4 + "p",
     "ultramem_conv_backward": "p" * 4 + "i" * 4 + "pp",

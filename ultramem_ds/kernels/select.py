@@ -7,7 +7,8 @@ and allocates nothing of the size of all scores (T, H, n).
 from __future__ import annotations
 
 import ctypes
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
@@ -18,6 +19,10 @@ from ultramem_ds.kernels.native import address
 
 # T tokens, H heads, n keys per side, r rank, h cores, m top-m, G queries of a token, d kdim.
 # A leading 2 is the side: rows, then columns.
+
+TOKENS_PER_SEARCH = 256  # their scores are read back from the cache they were written to
+# Tokens of a batch -> their candidate scores.
+Search: TypeAlias = Callable[[slice], Tensor]
 
 
 class _Saved(NamedTuple):
@@ -38,7 +43,7 @@ class _Select(Function):
         queries_TGd: Tensor,
         keys_2Hnrd: Tensor,
         core_hHrr: Tensor | None,
-        search_2THn: Tensor,
+        search: Search,
         groups_2Hr: Tensor,
         top_m: int,
         library: ctypes.CDLL,
@@ -50,7 +55,7 @@ class _Select(Function):
         factors_2THmr = queries_TGd.new_empty(2, len(queries_TGd), num_heads, top_m, rank)
         slots_THm, scores_THmh = _forward(
             library,
-            search_2THn,
+            search,
             queries_TGd,
             groups_2Hr,
             keys_2Hnrd,
@@ -98,7 +103,7 @@ class _Select(Function):
 
 def _forward(
     library: ctypes.CDLL,
-    search_2THn: Tensor,
+    search: Search,
     queries_TGd: Tensor,
     groups_2Hr: Tensor,
     keys_2Hnrd: Tensor,
@@ -106,34 +111,38 @@ def _forward(
     top_m: int,
     factors_2THmr: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    assert search_2THn.stride(-1) == 1
-    _, num_tokens, num_heads, _ = search_2THn.shape
+    num_tokens, num_heads = len(queries_TGd), keys_2Hnrd.shape[1]
     num_cores = 1 if core_hHrr is None else core_hHrr.shape[0]
     slots_THm = groups_2Hr.new_empty(num_tokens, num_heads, top_m)
-    scores_THmh = search_2THn.new_empty(num_tokens, num_heads, top_m, num_cores)
-    library.ultramem_select(
-        search_2THn.data_ptr(),
-        *search_2THn.stride()[:3],
-        address(queries_TGd),
-        address(groups_2Hr),
-        address(keys_2Hnrd),
-        address(core_hHrr),
-        num_tokens,
-        num_heads,
-        *keys_2Hnrd.shape[2:],
-        queries_TGd.shape[1],
-        top_m,
-        num_cores,
-        address(slots_THm),
-        address(scores_THmh),
-        address(factors_2THmr),
-    )
+    scores_THmh = queries_TGd.new_empty(num_tokens, num_heads, top_m, num_cores)
+    for begin in range(0, num_tokens, TOKENS_PER_SEARCH):
+        tokens = slice(begin, begin + TOKENS_PER_SEARCH)
+        search_2THn = search(tokens)
+        assert search_2THn.stride(-1) == 1
+        library.ultramem_select(
+            search_2THn.data_ptr(),
+            *search_2THn.stride()[:3],
+            address(queries_TGd[tokens]),
+            address(groups_2Hr),
+            address(keys_2Hnrd),
+            address(core_hHrr),
+            search_2THn.shape[1],
+            num_heads,
+            *keys_2Hnrd.shape[2:],
+            queries_TGd.shape[1],
+            top_m,
+            num_cores,
+            0 if factors_2THmr is None else factors_2THmr.stride(0),
+            address(slots_THm[tokens]),
+            address(scores_THmh[tokens]),
+            None if factors_2THmr is None else factors_2THmr[:, tokens].data_ptr(),
+        )
     return slots_THm, scores_THmh
 
 
 def select_slots(
     library: ctypes.CDLL,
-    search_2THn: Tensor,
+    search: Search,
     queries_TGd: Tensor,
     groups_2Hr: Tensor,
     keys_2Hnrd: Tensor,
@@ -146,7 +155,8 @@ def select_slots(
 
     Args:
         library: of ``kernels.native``.
-        search_2THn: candidate scores, fp32, last dimension contiguous, no gradient.
+        search: gives candidate scores (2, tokens, H, n) of a run of tokens, fp32, last dimension
+            contiguous; called without gradients, for runs short enough that they stay in the cache.
         queries_TGd: a token's distinct queries, fp32.
         groups_2Hr: int64, which of them meets the keys of a side, head and rank.
         keys_2Hnrd: fp32.
@@ -161,9 +171,7 @@ def select_slots(
     core_hHrr = None if core_hHrr is None else core_hHrr.contiguous()
     if torch.is_grad_enabled():
         selected: tuple[Tensor, Tensor] = _Select.apply(
-            queries_TGd, keys_2Hnrd, core_hHrr, search_2THn, groups_2Hr, top_m, library
+            queries_TGd, keys_2Hnrd, core_hHrr, search, groups_2Hr, top_m, library
         )
         return selected
-    return _forward(
-        library, search_2THn, queries_TGd, groups_2Hr, keys_2Hnrd, core_hHrr, top_m, None
-    )
+    return _forward(library, search, queries_TGd, groups_2Hr, keys_2Hnrd, core_hHrr, top_m, None)

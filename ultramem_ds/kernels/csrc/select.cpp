@@ -94,12 +94,14 @@ extern "C" {
 // search: candidate scores (2, T, H, n) with the given strides. queries (T, G, d); groups (2, H, r)
 // says which of a token's queries meets a key; keys (2, H, n, r, d). cores (h, H, r, r), or null
 // where a pair's score is the sum of its row's and its column's. -> slots (T, H, m), row * n + col,
-// scores (T, H, m, h), best first, and unless null the pairs' row and column scores (2, T, H, m, r).
+// scores (T, H, m, h), best first, and unless null the pairs' row and column scores (2, T, H, m, r),
+// the columns' `factor_stride` numbers behind the rows'.
 void ultramem_select(const float* search, int64_t side_stride, int64_t token_stride,
                      int64_t head_stride, const float* queries, const int64_t* groups,
                      const float* keys, const float* cores, int64_t tokens, int64_t heads,
                      int64_t num_keys, int64_t rank, int64_t width, int64_t num_queries, int64_t m,
-                     int64_t num_cores, int64_t* slots, float* scores, float* factors) {
+                     int64_t num_cores, int64_t factor_stride, int64_t* slots, float* scores,
+                     float* factors) {
   at::parallel_for(0, tokens * heads, 1, [&](int64_t first, int64_t last) {
     std::vector<float> best(m), exact(2 * m * rank), turned(rank), flipped(rank * m), grid(m * m);
     std::vector<float> total(rank * rank);
@@ -154,7 +156,7 @@ void ultramem_select(const float* search, int64_t side_stride, int64_t token_str
         }
         for (int64_t a = 0; factors && a < rank; ++a) {
           factors[entry * rank + a] = row[a];
-          factors[(tokens * heads * m + entry) * rank + a] = col[a];
+          factors[factor_stride + entry * rank + a] = col[a];
         }
       }
     }

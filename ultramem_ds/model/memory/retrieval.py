@@ -165,11 +165,10 @@ class Retrieval(nn.Module):
         """Slots ``(T, H, m)`` and scores per core ``(T, H, m, h)``, best first."""
         library = native_library(queries, keys_2Hnrd, kernel=self.kernel)
         if library is not None and self.candidates == "one-sided":
-            with torch.no_grad():
-                search_2THn = torch.einsum(self._product(""), queries, search)
+            plain = queries.detach()
             return select_slots(
                 library,
-                search_2THn,
+                lambda tokens: torch.einsum(self._product(""), plain[tokens], search),
                 queries.flatten(1, -2),
                 query_groups(self.layout, keys_2Hnrd.shape[1], keys_2Hnrd.shape[3]),
                 keys_2Hnrd,
