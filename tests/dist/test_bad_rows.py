@@ -14,14 +14,12 @@ MEMORY = ("memory.placement=1:2", "memory.knum=25", "memory.top_m=4", "memory.sh
 
 
 @pytest.mark.dist
-@pytest.mark.parametrize("asynchronous", ["false", "true"])
-def test_bad_row_in_one_group_stops_all(prepared: Path, tmp_path: Path, asynchronous: str) -> None:
+def test_bad_row_in_one_group_stops_all(prepared: Path, tmp_path: Path) -> None:
     """Rank 3 asks; ranks 2 and 3 refuse together, 0 and 1 hear of it while they wait."""
     job = start(
         prepared,
         tmp_path / "run",
         *MEMORY,
-        f"memory.async_lookup={asynchronous}",
         faults="badrow@2:3",
         preset="ultramem-debug",
         nproc=4,
