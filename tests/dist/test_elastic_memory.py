@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 from dataclasses import replace
 from pathlib import Path
 
@@ -24,6 +25,9 @@ BIG = (
 )
 
 
+MCL_CURRENT = 1
+
+
 def status_bytes(key: str) -> int:
     """A line of this process's status: VmRSS now, VmHWM the most so far."""
     for line in Path("/proc/self/status").read_text().splitlines():
@@ -42,6 +46,8 @@ def growth_while_loading(rank: int, world_size: int, leg: Leg) -> tuple[int, int
     engine = build_engine(leg, rank, world_size)
     latest = checkpoints.latest_checkpoint(leg.run_dir)
     assert latest is not None
+    # What the system has taken back of what was built would return while loading.
+    ctypes.CDLL(None).mlockall(MCL_CURRENT)
     before = status_bytes("VmRSS")
     Path("/proc/self/clear_refs").write_text("5")  # the peak starts again from here
     engine.load(latest)

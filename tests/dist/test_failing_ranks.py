@@ -68,12 +68,14 @@ def test_expected_error_is_one_line(prepared: Path, tmp_path: Path) -> None:
 def test_killed_rank_is_named(prepared: Path, tmp_path: Path) -> None:
     job = start(prepared, tmp_path / "run", "train.max_steps=100000")
     pid = job.pid_at_step(1, 1)
+    assert pid, job.output()[-3000:]
     began = time.monotonic()
     os.kill(pid, signal.SIGKILL)
     code, output = finish(job, 40.0)
     assert time.monotonic() - began < 30
     assert code != 0
-    assert f"rank 1 (pid {pid}" in output and "died" in output and "rank 0 lost its peers" in output
+    assert f"rank 1 (pid {pid}" in output and "died" in output, output[-3000:]
+    assert "rank 0 lost its peers" in output
 
 
 def test_frozen_rank_is_found_by_the_watchdog(prepared: Path, tmp_path: Path) -> None:

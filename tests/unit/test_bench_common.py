@@ -111,7 +111,8 @@ def test_bad_bench_settings_are_named():
 def test_kept_memory_faults_no_pages():
     """In a process of its own: the switch cannot be taken back."""
     script = """
-import resource, torch
+import ctypes, resource, torch
+ctypes.CDLL(None).prctl(41, 1, 0, 0, 0)  # PR_SET_THP_DISABLE: a huge page would be one fault
 from ultramem_ds.bench.common import keep_freed_memory
 def faults():
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
@@ -119,7 +120,7 @@ def faults():
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
 default = [faults() for _ in range(3)][-1]
 assert keep_freed_memory()
-kept = [faults() for _ in range(3)][-1]
+kept = max([faults() for _ in range(40)][-5:])  # every place in the kept pad was used by now
 print(default, kept)
 """
     environment = {**os.environ, "THP_MEM_ALLOC_ENABLE": "0"}
@@ -127,4 +128,4 @@ print(default, kept)
         [sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=True
     )
     default, kept = map(int, done.stdout.split())
-    assert default > 1000 > 10 * kept  # 32 MiB are 8192 pages, or a few large ones
+    assert default > 1000 > 10 * kept  # 32 MiB are 8192 pages

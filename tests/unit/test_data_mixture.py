@@ -1,10 +1,12 @@
 """The global sample order: every sequence once per epoch, weights kept, random access, resuming."""
 
 import json
+import signal
 from collections import Counter
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 import torch
 from hypothesis import given, settings
@@ -340,6 +342,24 @@ def test_loading_leaves_the_global_generator_alone(tmp_path, workers):
     next(iter(loader))
     loader.close()
     assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_requests_to_stop_are_not_for_workers(tmp_path):
+    """They reach every process of a job; a rank that lost its worker could not save."""
+    mixture = make_mixture(tmp_path, {"a": [900]})
+    loader = BatchLoader(
+        mixture, global_batch_size=1, micro_batch_size=1, rank=0, world_size=1, prefetch=1
+    )
+    batches = iter(loader)
+    next(batches)
+    (worker,) = psutil.Process().children()
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+        worker.send_signal(number)
+    for _ in range(10):
+        next(batches)
+    loader.close()
+    del batches
+    assert not psutil.wait_procs([worker], timeout=10)[1]
 
 
 def test_global_batch_must_divide(tmp_path):

@@ -24,6 +24,15 @@ def test_what_is_slow_without_being_stuck_gets_more_time() -> None:
     assert allowed_s(60, "validate", 11, 11) == 60 + LONG_PHASE_S["validate"]
 
 
+def test_the_first_step_is_known_however_fast_it_was() -> None:
+    """A thread that looks now and then may see a later one first."""
+    phases = Phases()
+    assert phases.first_step == 0
+    for step in (11, 12, 13):
+        phases.begin_step(step)
+    assert (phases.step, phases.first_step) == (13, 11)
+
+
 def test_launchers() -> None:
     python = "/usr/bin/python3"
     for command in (

@@ -7,6 +7,7 @@ s*G + j*b ... s*G + j*b + b - 1, whatever the number of ranks P; rank r takes j 
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -89,6 +90,7 @@ class BatchLoader:
             prefetch_factor=prefetch if num_workers else None,
             # Workers only read files and never touch a device, so forking is safe and instant.
             multiprocessing_context="fork" if num_workers else None,
+            worker_init_fn=_ignore_requests,
             # Its own, or starting an iteration would draw from the model's (dropout's) generator.
             generator=torch.Generator(),
         )
@@ -114,6 +116,15 @@ class BatchLoader:
         """Stop the workers; an iteration in progress ends."""
         self._closed = True
         self._iterator = iter(())  # the workers go with their iterator
+
+
+def _ignore_requests(worker: int) -> None:
+    """Leave requests to stop, which often reach all processes of a job, to the rank.
+
+    It still needs its batches to end properly. A worker ends with its rank, however that ends.
+    """
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)
 
 
 class _Order:

@@ -30,6 +30,7 @@ from ultramem_ds.sharding.optimizer_state import KINDS, MASTER, MOMENTS
 from ultramem_ds.utils.mapped import copy_from_mapped
 
 OPEN_FILES = 16  # mapped at a time
+CHECKED_ELEMENTS = 1 << 17  # looked at together for NaN
 
 # R rows and C columns of a block.
 
@@ -187,8 +188,10 @@ def check_finite(values_RC: Tensor, block: Block, what: str, source: Path) -> No
     Raises:
         DamagedCheckpointError: naming source, parameter and the first bad row.
     """
-    # A sum is not finite where a summand is not, and needs no memory of the table's size.
-    if torch.isfinite(values_RC.sum(dtype=torch.float64)):
+    # A sum is not finite where a summand is not. By parts: torch converts all of what it sums in
+    # another type, which would be twice the table.
+    step = max(1, CHECKED_ELEMENTS // max(1, values_RC.shape[1]))
+    if all(torch.isfinite(part.sum(dtype=torch.float64)) for part in values_RC.split(step)):
         return
     bad_R = (~torch.isfinite(values_RC).all(1)).nonzero().flatten()
     if bad_R.numel():

@@ -20,12 +20,14 @@ class Phases:
         current: name of the innermost open phase.
         since: ``time.monotonic()`` at which it was entered (or come back to).
         step: optimizer step in progress, counted from 1.
+        first_step: the first one of this process, 0 before it.
     """
 
     def __init__(self) -> None:
         self.current = START
         self.since = time.monotonic()
         self.step = 0
+        self.first_step = 0
         self._seconds: dict[str, float] = {}
 
     @contextmanager
@@ -39,6 +41,7 @@ class Phases:
     def begin_step(self, step: int) -> None:
         """Call before optimizer step ``step``, counted from 1, outside any phase."""
         self.step = step
+        self.first_step = self.first_step or step
         if self.current == START:
             self._switch(OTHER)
 

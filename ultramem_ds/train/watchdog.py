@@ -80,7 +80,6 @@ class Watchdog:
         self._roster = Roster(run_dir, ranks.rank, phases)
         self._launchers = launchers_above()
         self._orphaned_at = math.inf
-        self._first_step = 0
         self._suspended_s = 0.0
         self._since = phases.since
         self._ended = threading.Event()
@@ -192,8 +191,7 @@ class Watchdog:
         phases = self._phases
         if phases.since != self._since:
             self._since, self._suspended_s = phases.since, 0.0
-        self._first_step = self._first_step or phases.step
-        limit_s = allowed_s(self._watchdog_s, phases.current, phases.step, self._first_step)
+        limit_s = allowed_s(self._watchdog_s, phases.current, phases.step, phases.first_step)
         stuck_s = now - self._since - self._suspended_s
         if not self._watchdog_s or stuck_s <= limit_s:
             return
