@@ -88,20 +88,6 @@ def test_train_resume_evaluate_generate(prepared: Path, tmp_path: Path) -> None:
     assert texts[0] == texts[1] and texts[0].startswith("The ") and len(texts[0]) > 5
 
 
-def test_one_process_gives_the_same_series(prepared: Path, tmp_path: Path) -> None:
-    series = []
-    for nproc in (0, 2):
-        run_dir = tmp_path / f"run-{nproc}"
-        result = run_verb(
-            "train", "--preset", "ultramem-debug", "--data", str(prepared), "--run-dir",
-            str(run_dir), *OVERRIDES, "train.stop_at_step=2", nproc=nproc,
-        )  # fmt: skip
-        assert result.returncode == 0, result.stdout + result.stderr
-        series.append([(r["loss"], r["grad_norm"]) for r in lines(run_dir / "metrics.jsonl")])
-    for one, two in zip(*series):
-        assert one == pytest.approx(two, rel=1e-5)
-
-
 def test_two_nodes_without_ssh_give_the_series_of_one_process(
     prepared: Path, tmp_path: Path
 ) -> None:

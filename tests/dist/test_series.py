@@ -34,28 +34,33 @@ SMALL = (
 TABLES = ["memory.knum=25", "memory.value_dim=16", "memory.top_m=4"]  # 625 rows: uneven over 2, 4
 PKM = ["memory.knum=25", "memory.value_dim=32", "memory.top_m=4"]
 
+# On 1, 2 and 4 ranks unless "ranks" says otherwise.
 JOBS: dict[str, dict[str, Any]] = {
     "dense": {"preset": "dense-debug", "overrides": SMALL},
     "dense-zero3": {
         "preset": "dense-debug",
         "overrides": SMALL,
         "deepspeed": "ds_configs/dense_zero3.json",
+        "ranks": [2, 4],
     },
-    "pkm": {"preset": "pkm-debug", "overrides": [*SMALL, *PKM]},
+    "pkm": {"preset": "pkm-debug", "overrides": [*SMALL, *PKM], "ranks": [1, 2]},
     "ultramem": {"preset": "ultramem-debug", "overrides": [*SMALL, *TABLES]},
     # A low threshold: what ZeRO-3 keeps gathered and what it does not must not matter.
     "ultramem-cpu-debug": {
         "preset": "ultramem-debug",
         "overrides": [*SMALL, *TABLES, "optim.clip_grad=0.3"],
         "deepspeed": "ds_configs/cpu_debug.json",
+        "ranks": [2],
     },
     "ultramem-dimension-wise": {
         "preset": "ultramem-debug",
         "overrides": [*SMALL, *TABLES, "memory.partition=dimension-wise"],
+        "ranks": [2, 4],
     },
     "ultramem-owner-pooled-async": {
         "preset": "ultramem-debug",
         "overrides": [*SMALL, *TABLES, "memory.partition=owner-pooled", "memory.async_lookup=true"],
+        "ranks": [2, 4],
     },
     "ultramem-groups-of-2": {
         "preset": "ultramem-debug",
@@ -65,17 +70,19 @@ JOBS: dict[str, dict[str, Any]] = {
     "ultramem-recompute": {
         "preset": "ultramem-debug",
         "overrides": [*SMALL, *TABLES, "train.activation_checkpointing=true"],
+        "ranks": [2],
     },
     "moe": {"preset": "moe-debug", "overrides": [*SMALL, "moe.num_experts=4"]},
     "moe-zero1": {
         "preset": "moe-debug",
         "overrides": [*SMALL, "moe.num_experts=4", "optim.clip_grad=0.3"],
         "deepspeed": "ds_configs/moe_zero1.json",
+        "ranks": [2, 4],
     },
 }
 for _name in ("dense", "moe", "ultramem"):
     _bf16 = [*JOBS[_name]["overrides"], "train.precision=bf16"]
-    JOBS[f"{_name}-bf16"] = {**JOBS[_name], "overrides": _bf16}
+    JOBS[f"{_name}-bf16"] = {**JOBS[_name], "overrides": _bf16, "ranks": [2]}
 for _job in JOBS.values():
     _job["steps"] = STEPS
 
@@ -130,7 +137,7 @@ def test_series_equal_the_plain_loop(
 ) -> None:
     jobs = tmp_path / "jobs.json"
     out = tmp_path / "series"
-    possible = {n: j for n, j in JOBS.items() if world_size in j.get("ranks", [world_size])}
+    possible = {n: j for n, j in JOBS.items() if world_size in j.get("ranks", [1, 2, 4])}
     jobs.write_text(json.dumps({"data": str(prepared), "out": str(out), "jobs": possible}))
     run_module("tests.dist.series_worker", str(jobs), nproc=world_size)
     found = json.loads(Path(f"{out}-{world_size}.json").read_text())
