@@ -241,6 +241,7 @@ def _unwritable_report(scene: Scene) -> list[str]:
 ENVIRONMENT = [
     _environment("number of ranks not a number", "WORLD_SIZE", "two", "WORLD_SIZE='two'"),
     _environment("no ranks at all", "WORLD_SIZE", "0", "WORLD_SIZE='0'"),
+    _environment("rank not a number", "RANK", "first", "RANK='first'"),
     _environment("peak rate not a number", "ULTRAMEM_PEAK_TFLOPS", "fast",
                  "ULTRAMEM_PEAK_TFLOPS='fast'"),
     Case("Environment", "run directory is a file", _run_dir_is_a_file, ("taken",)),
@@ -277,6 +278,7 @@ COMMAND_LINE = [
          lambda scene: scene.train(*FITS, "--skip-samples", "9:3"), ("9:3",)),
     _sampling("nucleus of 200%", "--top-p", "2"),
     _sampling("temperature below zero", "--temperature", "-1"),
+    _sampling("temperature not a number", "--temperature", "nan"),
     _sampling("no new tokens", "--max-new-tokens", "-1"),
     Case("Command line", "empty evaluation batch",
          lambda scene: [*scene.evaluate(scene.trained), "--batch-size", "0"], ("--batch-size",)),

@@ -9,6 +9,7 @@ import sys
 from collections.abc import Sequence
 
 from ultramem_ds import __version__
+from ultramem_ds.utils import environment
 
 # verb -> module of ultramem_ds.cli; imported only when needed, so that --help stays quick.
 VERBS = {
@@ -51,7 +52,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (ValueError, OSError) as error:
         if os.environ.get("ULTRAMEM_TRACEBACK"):
             raise
-        if os.environ.get("RANK", "0") == "0":
+        if environment.speaks():
             print(f"error: {error}", file=sys.stderr, flush=True)
         return 2
     except KeyboardInterrupt:

@@ -69,7 +69,7 @@ def run(arguments: argparse.Namespace) -> int:
     from ultramem_ds.train.run import prepare_run
     from ultramem_ds.utils import environment
 
-    world_size = environment.world_size()
+    rank, world_size = environment.rank(), environment.world_size()
     if "world_size" in arguments:
         if not arguments.dry_run:
             raise ValueError(
@@ -89,7 +89,7 @@ def run(arguments: argparse.Namespace) -> int:
         [parse_range(text) for text in arguments.skip_samples],
     )
     if arguments.dry_run:
-        if environment.rank() == 0:
+        if rank == 0:
             print(describe(dry_run(checked)))
         return 0
     train(checked)

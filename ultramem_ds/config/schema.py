@@ -17,8 +17,8 @@ Kind: TypeAlias = Literal["dense", "pkm", "moe", "ultramem"]
 Partition: TypeAlias = Literal["auto", "number-wise", "dimension-wise", "owner-pooled"]
 Candidates: TypeAlias = Literal["one-sided", "two-sided", "two-sided-full"]
 
-# Unknown keys are errors wherever pydantic validates one of these dataclasses.
-_STRICT = ConfigDict(extra="forbid")
+# Unknown keys, NaN and infinity are errors wherever pydantic validates one of these dataclasses.
+_STRICT = ConfigDict(extra="forbid", allow_inf_nan=False)
 
 
 def _require(condition: bool, message: str) -> None:

@@ -23,6 +23,12 @@ def rank() -> int:
     return _integer("RANK", default=0, least=0)
 
 
+def speaks() -> bool:
+    """Whether this process says what it refuses: not if a launcher numbered it above 0."""
+    number = os.environ.get("RANK", "0")
+    return not number.isdigit() or int(number) == 0
+
+
 def _integer(name: str, default: int, least: int) -> int:
     text = os.environ.get(name)
     if text is None:
