@@ -18,6 +18,7 @@ INPUT ?=
 OUTPUT ?= runs/data
 TOKENIZER ?= runs/demo/tokenizer.json
 LOGDIR ?= runs
+TEST_JOBS ?= 2
 
 .PHONY: help install demo ablation clean-demo test bad-input lint format check train prepare tensorboard evaluate generate bench chaos clean
 .DEFAULT_GOAL := help
@@ -43,8 +44,8 @@ ablation: install ## Table 2 at debug scale on the demo corpus: ARGS="--seeds 3 
 clean-demo: ## forget the demo: corpus, data, runs
 	rm -rf runs/demo
 
-test: install ## run the tests
-	$(PY) -m pytest
+test: install ## run the tests, TEST_JOBS at a time
+	$(PY) -m pytest -n $(TEST_JOBS) --dist worksteal
 
 bad-input: install ## write docs/bad-input.md anew from the messages of today
 	UPDATE_BAD_INPUT=1 $(PY) -m pytest tests/unit/test_bad_input.py

@@ -1,4 +1,4 @@
-"""Two trials of the fault campaign (``make chaos`` runs all of it)."""
+"""One trial of the fault campaign (``make chaos`` runs all of it)."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ pytestmark = pytest.mark.dist
 
 
 def test_short_campaign(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    faults = ["kill -9 of a rank", "flipped checkpoint"]
-    arguments = ["--trials", "2", "--work", str(tmp_path / "work")]
+    faults = ["flipped checkpoint"]
+    arguments = ["--trials", "1", "--work", str(tmp_path / "work")]
     arguments += ["--json", str(tmp_path / "trials.json"), "--preset", "ultramem-debug"]
     for fault in faults:
         arguments += ["--fault", fault]

@@ -350,9 +350,10 @@ def test_requests_to_stop_are_not_for_workers(tmp_path):
     loader = BatchLoader(
         mixture, global_batch_size=1, micro_batch_size=1, rank=0, world_size=1, prefetch=1
     )
+    before = psutil.Process().children()
     batches = iter(loader)
     next(batches)
-    (worker,) = psutil.Process().children()
+    (worker,) = set(psutil.Process().children()) - set(before)
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
         worker.send_signal(number)
     for _ in range(10):
