@@ -35,7 +35,7 @@ from ultramem_ds.train.watchdog import Watchdog
 
 ROUND = 50
 ROUNDS = 8  # of each kind
-OVERRIDES = ["train.grad_spike=skip", "train.max_steps=10000", "model.vocab_size=1024"]
+OVERRIDES = ["train.grad_spike=skip", "train.max_steps=10000"]
 
 
 class NoGate:
