@@ -114,6 +114,7 @@ class MemoryConfig:
     memory_gb_per_s: float = 10.0  # GB/s of random row reads; decides partition=auto
     async_lookup: bool = False  # overlap lookups with the blocks between a and b
     kernel: str = "auto"  # lookup_reduce implementation; auto = fastest available
+    compile: bool = False  # torch.compile what scores pairs, where no native call does
     # Adam over the shard, over touched rows, or over touched rows with skipped steps made up for
     table_optimizer: Literal["dense", "row-sparse", "row-sparse-catch-up"] = "dense"
     stats_every: int = 50  # optimizer steps between training-state statistics; 0 = never

@@ -112,6 +112,7 @@ class Retrieval(nn.Module):
         self.keys = ProductKeys(memory, model.norm_eps)
         self.layout = LAYOUTS[memory.query]
         self.select: Select = self.two_stage_select  # infer/ may put a faster one here
+        self.best_pairs = torch.compile(best_pairs) if memory.compile else best_pairs
         self.num_keys = memory.num_keys
         self.top_m = memory.top_m
         self.candidates = memory.candidates
@@ -178,7 +179,7 @@ class Retrieval(nn.Module):
         with torch.no_grad():
             candidates_2THc = self._search(queries, search)
         scores_2THcr = self._exact_scores(queries, keys_2Hnrd, candidates_2THc)
-        picks_2THm, scores_THmh = best_pairs(form, scores_2THcr, self.top_m)
+        picks_2THm, scores_THmh = self.best_pairs(form, scores_2THcr, self.top_m)
         rows_THm, cols_THm = candidates_2THc.gather(-1, picks_2THm).unbind(0)
         return rows_THm * self.num_keys + cols_THm, scores_THmh
 
