@@ -9,12 +9,19 @@
 # Five minutes before the time limit SLURM signals this script, which hands the signal to srun, srun to
 # every node's launcher, and that to the ranks: they save and end with exit code 0, and the job is queued
 # again. Requeued jobs, pre-empted ones too, resume by themselves from the latest checkpoint.
+# Submit from the repository's root: SLURM runs a copy of this file. PYTHON names the interpreter.
 set -euo pipefail
+launch=$(dirname "$0")
+if [ ! -f "$launch/multi_node.sh" ]; then launch=${SLURM_SUBMIT_DIR:-.}/launch; fi
+if [ ! -f "$launch/multi_node.sh" ]; then
+  echo "$launch/multi_node.sh is not there: submit this script from the repository's root" >&2
+  exit 2
+fi
 export MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 export MASTER_PORT=${MASTER_PORT:-29500} NNODES=$SLURM_NNODES NPROC=${NPROC:-${SLURM_GPUS_ON_NODE:-8}}
 stopped=
 srun --kill-on-bad-exit=1 bash -c 'NODE_RANK=$SLURM_NODEID exec "$0" "$@"' \
-  "$(dirname "$0")/multi_node.sh" "$@" &
+  "$launch/multi_node.sh" "$@" &
 step=$!
 trap 'stopped=time; kill -USR1 $step' USR1
 trap 'stopped=asked; kill -TERM $step' TERM

@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import time
@@ -147,14 +148,16 @@ def test_slurm_warning_reaches_the_ranks(prepared: Path, tmp_path: Path) -> None
         (tmp_path / name).write_text(text)
         (tmp_path / name).chmod(0o755)
     log, run_dir = tmp_path / "log", tmp_path / "run"
+    spooled = shutil.copy(ROOT / "launch" / "slurm.sh", tmp_path / "slurm_script")  # SLURM's copy
     script = subprocess.Popen(
-        ["bash", str(ROOT / "launch" / "slurm.sh"), "train", "--preset", "ultramem-debug"]
+        ["bash", str(spooled), "train", "--preset", "ultramem-debug"]
         + ["--data", str(prepared), "--run-dir", str(run_dir), *OVERRIDES],
         env=environment(
             PATH=f"{tmp_path}{os.pathsep}{os.environ['PATH']}",
             SLURM_JOB_NODELIST="here",
             SLURM_NNODES="1",
             SLURM_JOB_ID="17",
+            SLURM_SUBMIT_DIR=str(ROOT),
             NPROC="2",
             MASTER_PORT="29617",
             SCONTROL_LOG=str(tmp_path / "scontrol.log"),

@@ -64,6 +64,16 @@ def test_sub_groups_trade_memory_for_bytes():
         make_plan(load_config("ultramem-debug", ["memory.shard_group_size=3"]), 4)
 
 
+def test_table_gradients_are_held_twice_or_not_at_all():
+    """fp32, where lookups add and in ZeRO's own buffer; a row-sparse optimizer keeps neither."""
+    config = load_config("ultramem-debug")
+    memory = config.memory
+    per_rank = len(memory.spans) * memory.num_rows * memory.value_dim // 2
+    dense = make_plan(config, 2).memory.gradients
+    sparse = load_config("ultramem-debug", ["memory.table_optimizer=row-sparse"])
+    assert dense - make_plan(sparse, 2).memory.gradients == 8 * per_rank
+
+
 def test_one_rank_sends_nothing():
     plan = make_plan(load_config("ultramem-debug"), 1)
     assert [scheme.bytes_per_step for scheme in plan.schemes] == [0, 0, 0]

@@ -230,9 +230,12 @@ def _memory_plan(
     largest_gather = max(embedding // 2, dense // max(1, config.model.num_layers))
     weights = dense // world_size + largest_gather if stage == 3 else dense
     gradients = dense // world_size if stage >= 2 else dense
+    # A table's: where lookups add, and ZeRO's own; touched rows only for a row-sparse optimizer.
+    table_buffers = 2 if config.memory.table_optimizer == "dense" else 0
+    gradients += sparse_here * (table_buffers if config.has_memory else 1)
     return MemoryPlan(
         weights=value_bytes * (weights + sparse_here),
-        gradients=GRADIENT_BYTES * (gradients + sparse_here),
+        gradients=GRADIENT_BYTES * gradients,
         optimizer=OPTIMIZER_BYTES * (dense // world_size + sparse_optimizer),
         activations=micro_batch_size * activation_bytes_per_sequence(config) + lookups,
     )
