@@ -24,7 +24,7 @@ srun --kill-on-bad-exit=1 bash -c 'NODE_RANK=$SLURM_NODEID exec "$0" "$@"' \
   "$launch/multi_node.sh" "$@" &
 step=$!
 trap 'stopped=time; kill -USR1 $step' USR1
-trap 'stopped=asked; kill -TERM $step' TERM
+trap 'stopped=asked; kill -USR1 $step' TERM # of SIGTERM srun kills its tasks
 while kill -0 $step 2>/dev/null; do wait $step || true; done # a signal ends wait, not srun
 status=0
 wait $step || status=$?

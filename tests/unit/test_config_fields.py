@@ -53,6 +53,7 @@ ELSEWHERE = {
     "wire_dtype",
     "async_lookup",
     "kernel",
+    "compile",
     "table_optimizer",
     "stats_every",
     "wire_gb_per_s",

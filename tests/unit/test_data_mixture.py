@@ -2,6 +2,8 @@
 
 import json
 import signal
+import subprocess
+import sys
 from collections import Counter
 from pathlib import Path
 
@@ -361,6 +363,30 @@ def test_requests_to_stop_are_not_for_workers(tmp_path):
     loader.close()
     del batches
     assert not psutil.wait_procs([worker], timeout=10)[1]
+
+
+LEAVE_OPEN = """
+import sys
+from pathlib import Path
+from ultramem_ds.data.loader import BatchLoader
+from ultramem_ds.data.mixture import Mixture
+mixture = Mixture(Path(sys.argv[1]), "train", seq_len=8, weights={}, seed=0)
+loader = BatchLoader(mixture, global_batch_size=1, micro_batch_size=1, rank=0, world_size=1)
+batches = iter(loader)
+next(batches)
+raise ValueError("open")
+"""
+
+
+def test_a_process_ends_with_its_loader_open(tmp_path):
+    """Python asks what is left of its children by SIGTERM and waits for them."""
+    make_data(tmp_path, {"a": [900]})
+    command = [sys.executable, "-c", LEAVE_OPEN, str(tmp_path)]
+    errors = tmp_path / "errors"  # a pipe would stay open as long as the worker
+    with open(errors, "w") as file:
+        done = subprocess.run(command, stderr=file, timeout=60)
+    assert done.returncode == 1
+    assert errors.read_text().rstrip().endswith("ValueError: open")
 
 
 def test_global_batch_must_divide(tmp_path):

@@ -7,7 +7,9 @@ s*G + j*b ... s*G + j*b + b - 1, whatever the number of ranks P; rank r takes j 
 
 from __future__ import annotations
 
+import atexit
 import signal
+import weakref
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -96,6 +98,8 @@ class BatchLoader:
         )
         self._iterator: Iterator[_Arrays] = iter(())
         self._closed = False
+        # Runs before multiprocessing's own end, which asks workers by SIGTERM and waits for ever.
+        atexit.register(_close, weakref.ref(self))
 
     def __iter__(self) -> Iterator[MicroBatch]:
         self._iterator = iter(self._loader)
@@ -116,6 +120,12 @@ class BatchLoader:
         """Stop the workers; an iteration in progress ends."""
         self._closed = True
         self._iterator = iter(())  # the workers go with their iterator
+
+
+def _close(reference: weakref.ref[BatchLoader]) -> None:
+    loader = reference()
+    if loader is not None:
+        loader.close()
 
 
 def _ignore_requests(worker: int) -> None:

@@ -126,9 +126,10 @@ class _Loop:
                 return self._summary() if reached == self.last_step else self._stopped(reached)
             except TooManyBadStepsError as stop:
                 self.rollbacks += 1
-                self.done_step, self.skips = roll_back(
-                    self.engine, self.run.run_dir, stop, self.rollbacks
-                )
+                with self.engine.phases("rollback"):
+                    self.done_step, self.skips = roll_back(
+                        self.engine, self.run.run_dir, stop, self.rollbacks, self.skips
+                    )
 
     def _run_steps(self) -> int:
         """From ``done_step`` to the last step, or to a signal; returns the step reached."""

@@ -13,7 +13,11 @@ MAX_ROLLBACKS = 3  # of one process; what fails more often is not the data's fau
 
 
 def roll_back(
-    engine: TrainEngine, run_dir: Path, stop: TooManyBadStepsError, attempt: int
+    engine: TrainEngine,
+    run_dir: Path,
+    stop: TooManyBadStepsError,
+    attempt: int,
+    current: SkipRanges,
 ) -> tuple[int, SkipRanges]:
     """Reload the newest checkpoint from before the bad steps; all ranks together.
 
@@ -22,10 +26,11 @@ def roll_back(
         run_dir: the run directory.
         stop: why.
         attempt: how often this process has been here, this time included.
+        current: what the run jumps over.
 
     Returns:
         The optimizer steps that the checkpoint has taken, and what to jump over from there on: what
-        it jumped over and the samples of the bad steps.
+        is jumped over already and the samples of the bad steps.
 
     Raises:
         TooManyBadStepsError: ``stop`` itself, if ``train.rollback`` is off, there is no such
@@ -49,7 +54,8 @@ def roll_back(
         raise stop
     engine.guard.recent = []
     bad = [piece for step in stop.steps for piece in step.samples]
-    skips = SkipRanges.of([*state.skipped_samples, *bad])
+    # What was jumped over since that checkpoint, by an earlier rollback or by option, stays so.
+    skips = SkipRanges.of([*current.ranges, *state.skipped_samples, *bad])
     if engine.ranks.is_main:
         log_fault(
             run_dir,

@@ -90,7 +90,7 @@ class Roster:
     def reset(run_dir: Path) -> None:
         """Forget an earlier start; one process, before the others come."""
         shutil.rmtree(run_dir / "ranks", ignore_errors=True)
-        (run_dir / "ranks").mkdir(parents=True)
+        (run_dir / "ranks").mkdir(parents=True, exist_ok=True)
 
     def here(self) -> Presence:
         """This rank, now."""
@@ -137,5 +137,5 @@ class Roster:
         """What has been said."""
         try:
             return Alarm(**json.loads((self.directory / ALARM).read_text()))
-        except FileNotFoundError:
+        except (OSError, json.JSONDecodeError):  # not there, or not to be read just now
             return None

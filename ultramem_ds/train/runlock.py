@@ -48,6 +48,8 @@ def only_job(run_dir: Path, wait_s: float = WAIT_S) -> Iterator[None]:
 def _lock(descriptor: int) -> bool:
     try:
         fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
+    except (BlockingIOError, PermissionError):
         return False
+    except OSError as error:  # file systems mounted without locks
+        print(f"WARNING: {error}: two jobs in one run directory go unnoticed", file=sys.stderr)
     return True

@@ -49,7 +49,7 @@ GRACE_S = 5.0  # for other ranks to write their stacks, or to say why they end
 # Beyond train.watchdog_s: what is slow without being stuck.
 START_S = 1800.0  # building or loading model and kernels, before the first step
 FIRST_STEP_S = 600.0  # autotuning, allocation, the loader's first batches
-LONG_PHASE_S = {"validate": 1800.0, "save": 1800.0}
+LONG_PHASE_S = {"validate": 1800.0, "save": 1800.0, "rollback": 1800.0}
 
 
 def allowed_s(watchdog_s: float, phase: str, step: int, first_step: int) -> float:
@@ -126,14 +126,16 @@ class Watchdog:
         if not expected:
             text += "\n" + "".join(traceback.format_exception(error)).rstrip()
         code = EXIT_REFUSED if isinstance(error, ValueError | OSError) else EXIT_FAILED
-        first = self._roster.raise_alarm("failure", code, text)
+        try:
+            first = self._roster.raise_alarm("failure", code, text)
+        except OSError:  # a full disk: say it all the same
+            first = True
         if self._ranks.world_size == 1:
             details = {"rank": here.rank, "step": here.step, "phase": here.phase}
             log_fault(self._run_dir, "failure", text if not expected else "", **details)
             return
         alarm = self._roster.alarm()
-        assert alarm is not None
-        self._end("failure", f"error: {text}" if first else "", alarm.code)
+        self._end("failure", f"error: {text}" if first else "", alarm.code if alarm else code)
 
     def _something_is_wrong(self) -> bool:
         return self._roster.alarm() is not None or bool(self._dead())
@@ -157,7 +159,8 @@ class Watchdog:
             if alarm is not None:
                 self._follow(alarm)
             if now - signed > sign_s:
-                self._roster.sign()
+                with contextlib.suppress(OSError):  # a full disk: tried again
+                    self._roster.sign()
                 signed = now
             self._look_for_hang(now)
 
@@ -232,7 +235,8 @@ class Watchdog:
         return path.exists() and path.stat().st_size > 0
 
     def _dump(self) -> None:
-        self._roster.sign()
+        with contextlib.suppress(OSError):
+            self._roster.sign()
         here = self._roster.here()
         self._stacks.write(f"{_described(here)}, for {here.seconds:.0f} s\n")
         self._stacks.flush()
