@@ -155,6 +155,7 @@ CONFIGURATION = [
     _train("dropout of 150%", "model.dropout=1.5", "model.dropout", "[0, 1)"),
     _train("negative learning rate", "optim.lr=-1", "optim.lr", "positive"),
     _train("infinite learning rate", "optim.lr=Infinity", "optim.lr", "finite"),
+    _train("more bad steps than are remembered", "train.max_bad_steps=200", "200", "at most 128"),
     _train("width not divisible by heads", "model.num_heads=3", "model.num_heads=3", "divisible"),
     _train("expansion not a square", "memory.expansion=3", "memory.expansion=3", "1, 4, 9"),
     _train("placement not a:b", "memory.placement=1-2", "memory.placement='1-2'", "a:b"),

@@ -340,6 +340,10 @@ class TrainConfig:
             self.grad_spike_sigma > 0,
             f"train.grad_spike_sigma={self.grad_spike_sigma} must be positive",
         )
+        _require(
+            self.max_bad_steps <= 128,
+            f"train.max_bad_steps={self.max_bad_steps} must be at most 128, the steps remembered",
+        )
         if self.rollback:
             _require(
                 self.max_bad_steps > 0, "train.rollback=true needs train.max_bad_steps above 0"
