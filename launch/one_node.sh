@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # One node: NPROC=8 launch/one_node.sh train --preset ultramem-151m-x12 --data DIR --run-dir DIR [...]
 # NPROC defaults to the GPUs of this node, or 2 processes without any.
+# With CUDA_VISIBLE_DEVICES=4,5 it takes those GPUs, the first NPROC of them.
 # SIGTERM, SIGUSR1 and Ctrl-C reach the ranks: they save after the step in progress and end with exit code 0.
 set -euo pipefail
 python=${PYTHON:-python}
@@ -10,5 +11,16 @@ port=${MASTER_PORT:-$("$python" -c 'import socket; s = socket.socket(); s.bind((
 if [ "$gpus" -eq 0 ]; then # CPU ranks share the cores
   export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$(($(nproc) > nproc ? $(nproc) / nproc : 1))}
 fi
-exec "$python" -m ultramem_ds.launcher --num_gpus "$nproc" --no_local_rank \
+count=(--num_gpus "$nproc")
+if [ "$gpus" -gt 0 ] && [ -n "${CUDA_VISIBLE_DEVICES:-}" ]; then
+  if [ "$nproc" -gt "$gpus" ]; then
+    echo "error: NPROC=$nproc, but CUDA_VISIBLE_DEVICES=$CUDA_VISIBLE_DEVICES shows $gpus GPUs" >&2
+    exit 2
+  fi
+  # Given a number, DeepSpeed would take the node's first GPUs instead.
+  CUDA_VISIBLE_DEVICES=$(cut -d, -f "1-$nproc" <<<"$CUDA_VISIBLE_DEVICES")
+  export CUDA_VISIBLE_DEVICES
+  count=()
+fi
+exec "$python" -m ultramem_ds.launcher ${count[@]+"${count[@]}"} --no_local_rank \
   --master_addr 127.0.0.1 --master_port "$port" --module ultramem_ds "$@"

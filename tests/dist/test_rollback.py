@@ -62,6 +62,22 @@ def test_rollback_equals_skipping_by_hand(prepared: Path, tmp_path: Path) -> Non
         assert read_trainer_state(latest).skipped_samples == [[32, 48]]
 
 
+def test_a_second_rollback_remembers_the_first(prepared: Path, tmp_path: Path) -> None:
+    """Both go to the checkpoint of step 4, which knows of neither region."""
+    run_dir = tmp_path / "run"
+    faults = "nan@5-6:0 nangrad@7-8:0"
+    rolled = run(
+        prepared, run_dir, "train.save_every=4",
+        ULTRAMEM_FAULTS=faults, ULTRAMEM_FAULTS_DONE=str(tmp_path),
+    )  # fmt: skip
+    assert rolled.returncode == 0, rolled.stderr[-3000:]
+    assert [e["kind"] for e in faults_of(run_dir)] == ["bad step", "bad step", "rollback"] * 2
+    assert rolled.stderr.count("rolling back to step 4") == 2
+    latest = latest_checkpoint(run_dir)
+    assert latest is not None
+    assert read_trainer_state(latest).skipped_samples == [[32, 48], [64, 80]]
+
+
 def test_too_many_bad_steps_stop_with_a_report(prepared: Path, tmp_path: Path) -> None:
     run_dir = tmp_path / "run"
     stopped = run(prepared, run_dir, ULTRAMEM_FAULTS="nangrad@1-2:0")

@@ -5,7 +5,12 @@ import torch
 
 from ultramem_ds.bench.decode import DecodeBenchConfig, ratios, run_decode_bench
 from ultramem_ds.bench.decode_cost import Part, Rates, Touched, paper_bytes, step_parts
-from ultramem_ds.bench.decode_models import balanced_experts
+from ultramem_ds.bench.decode_models import (
+    WeightBuffer,
+    balanced_experts,
+    build_on,
+    elements_needed,
+)
 from ultramem_ds.bench.step import equal_flops_dense
 from ultramem_ds.config.presets import preset
 from ultramem_ds.model.accounting import count
@@ -65,6 +70,25 @@ def test_dense_model_is_widened_to_equal_flops():
     got, wanted = count(widened).flops_per_token, count(other).flops_per_token
     assert widened.model.inner_size > dense.model.inner_size
     assert got == pytest.approx(wanted, rel=1e-3)
+
+
+@pytest.fixture
+def unwritten_is_nan():
+    """Memory from ``torch.empty`` reads as NaN."""
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.parametrize("name", ["dense-debug", "moe-debug", "pkm-debug", "ultramem-debug"])
+@pytest.mark.usefixtures("unwritten_is_nan")
+def test_every_weight_of_a_measured_model_has_a_value(name):
+    config = preset(name)
+    buffer = WeightBuffer(elements_needed(config), torch.float32, "cpu", seed=0)
+    model = build_on(buffer, config)
+    weights = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    assert {name for name, tensor in weights.items() if tensor.is_meta} == set()
+    assert {name for name, tensor in weights.items() if tensor.isnan().any()} == set()
 
 
 def test_decode_document_has_the_contracted_rows():

@@ -93,6 +93,8 @@ def build_on(buffer: WeightBuffer, config: Config) -> LanguageModel:
     for memory in model.memory_layers:
         form = memory.retrieval.form
         memory.retrieval.form = type(form)(config.memory)  # its buffers must be real
+        for name, param in form.named_parameters():  # and its parameters wait for their values
+            setattr(memory.retrieval.form, name, param)
 
     def packer(linears: Sequence[nn.Linear]) -> PackedWeights | None:
         if not can_pack(buffer.elements):
