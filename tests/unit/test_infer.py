@@ -236,16 +236,17 @@ def test_packed_selection_is_the_two_stage_selection(layout, retrieval):
 
 
 @needs_native
-@pytest.mark.parametrize("cached_heads", [8, 2, 1])
+@pytest.mark.parametrize("width", [32, 80])
+@pytest.mark.parametrize("heads, cached_heads", [(8, 8), (8, 2), (8, 1), (6, 1), (9, 3)])
 @pytest.mark.parametrize("positions", [1, 15, 16, 100])
-def test_attention_to_a_cache_is_torchs(cached_heads, positions):
+def test_attention_to_a_cache_is_torchs(width, heads, cached_heads, positions):
     generator = torch.Generator().manual_seed(positions)
-    q_BA1K = 3 * torch.randn(2, 8, 1, 32, generator=generator)
-    keys, values = torch.randn(2, 2, cached_heads, 128, 32, generator=generator)[
+    q_BA1K = 3 * (32 / width) ** 0.25 * torch.randn(2, heads, 1, width, generator=generator)
+    keys, values = torch.randn(2, 2, cached_heads, 128, width, generator=generator)[
         :, :, :, :positions
     ]
     got = attend_to_cache(q_BA1K, keys, values)
-    repeated = [x.repeat_interleave(8 // cached_heads, dim=1) for x in (keys, values)]
+    repeated = [x.repeat_interleave(heads // cached_heads, dim=1) for x in (keys, values)]
     expected = torch.nn.functional.scaled_dot_product_attention(q_BA1K, *repeated)
     # Exponentials good to 2e-7 of scores up to about 50, sums of up to 100 values near 1.
     torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)

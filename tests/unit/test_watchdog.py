@@ -1,6 +1,5 @@
 """Who may take how long, what counts as a launcher, one job per run directory."""
 
-import os
 import subprocess
 import sys
 import time
@@ -85,10 +84,10 @@ def test_one_job_per_run_directory(tmp_path: Path) -> None:
 
 
 def test_first_alarm_wins(tmp_path: Path) -> None:
-    Roster.reset(tmp_path)
+    job = Roster.reset(tmp_path)
     phases = Phases()
     phases.step = 3
-    first, second = (Roster(tmp_path, rank, phases) for rank in (0, 1))
+    first, second = (Roster(tmp_path, job, rank, phases) for rank in (0, 1))
     first.sign()
     second.sign()
     assert [other.rank for other in first.others()] == [1]
@@ -98,5 +97,14 @@ def test_first_alarm_wins(tmp_path: Path) -> None:
     assert second.raise_alarm("failure", 2, "first") and not first.raise_alarm("hang", 3, "late")
     alarm = first.alarm()
     assert alarm is not None and (alarm.kind, alarm.rank, alarm.code) == ("failure", 1, 2)
-    Roster.reset(tmp_path)
-    assert first.alarm() is None and os.listdir(first.directory) == []
+
+
+def test_what_is_left_of_an_earlier_job_raises_no_alarm(tmp_path: Path) -> None:
+    old = Roster(tmp_path, Roster.reset(tmp_path), 1, Phases())
+    old.sign()
+    new = Roster(tmp_path, Roster.reset(tmp_path), 0, Phases())
+    new.sign()
+    with pytest.raises(FileNotFoundError):
+        old.raise_alarm("failure", 1, "of the earlier job")
+    assert new.alarm() is None and new.others() == []
+    assert new.raise_alarm("hang", 3, "of this one") and old.alarm() is None

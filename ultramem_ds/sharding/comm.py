@@ -170,6 +170,12 @@ class Comm:
         dist.all_gather_object(gathered, mine, group=self.group)
         return gathered
 
+    def from_first(self, mine: Any) -> Any:
+        """What the group's first rank hands in; small objects."""
+        holder = [mine]
+        dist.broadcast_object_list(holder, self.global_rank(0), self.group, self._device)
+        return holder[0]
+
     @property
     def _device(self) -> torch.device:
         """Where the backend of the group takes tensors."""

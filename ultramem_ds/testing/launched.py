@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -101,13 +102,13 @@ class Job:
         return names
 
     def _signature(self, rank: int) -> dict[str, Any]:
-        path = self.run_dir / "ranks" / f"rank-{rank:05d}.json"
-        try:
-            signature: dict[str, Any] = json.loads(path.read_text())
-        except FileNotFoundError:
-            return {"step": 0, "pid": 0}
-        mine = signature["pid"] in [process.pid for process in self.processes()]
-        return signature if mine else {"step": 0, "pid": 0}
+        mine = {process.pid for process in self.processes()}
+        for path in (self.run_dir / "ranks").glob(f"*/rank-{rank:05d}.json"):
+            with contextlib.suppress(FileNotFoundError):
+                signature: dict[str, Any] = json.loads(path.read_text())
+                if signature["pid"] in mine:
+                    return signature
+        return {"step": 0, "pid": 0}
 
     def pid_at_step(self, rank: int, step: int, timeout_s: float = 90.0) -> int:
         """Process of ``rank`` as soon as it says that it has come to ``step``; 0 if it never does.

@@ -45,13 +45,17 @@ def train(run: Run) -> dict[str, Any]:
     stop = StopRequest()
     with stop.listening(), runtime() as ranks, contextlib.ExitStack() as stack:
         comm = Comm()
+        job = ""
         with comm.raising_together(ValueError), comm.raising_together(OSError):
             if ranks.is_main:
                 stack.enter_context(only_job(run.run_dir))
-                _prepare_run_dir(run)
-        stack.enter_context(Watchdog(run.run_dir, ranks, phases, run.config.train.watchdog_s))
-        # An earlier job may have saved once more before it let go of the directory.
-        latest = checkpoints.newest_readable(run.run_dir)
+                job = _prepare_run_dir(run)
+        job = comm.from_first(job)
+        stack.enter_context(Watchdog(run.run_dir, job, ranks, phases, run.config.train.watchdog_s))
+        # An earlier job may have saved once more before it let go of the directory; another node's
+        # view of a shared one may be older.
+        latest = checkpoints.newest_readable(run.run_dir) if ranks.is_main else None
+        latest = comm.from_first(latest)
         return _train(replace(run, resume_from=latest), ranks, phases, stop)
 
 
@@ -81,12 +85,12 @@ def _train(run: Run, ranks: Ranks, phases: Phases, stop: StopRequest) -> dict[st
     return _Loop(run, ranks, engine, run.mixture, skips, done_step, last_step).run_to_end()
 
 
-def _prepare_run_dir(run: Run) -> None:
+def _prepare_run_dir(run: Run) -> str:
     checkpoints.checkpoints_dir(run.run_dir).mkdir(parents=True, exist_ok=True)
     write_json(run.run_dir / "config.json", to_dict(run.config))
     write_json(run.run_dir / "deepspeed.json", run.deepspeed_json)
     load_tokenizer(run.data_dir).save(run.run_dir)
-    Roster.reset(run.run_dir)
+    return Roster.reset(run.run_dir)
 
 
 class _Loop:

@@ -1,7 +1,8 @@
-"""``RUN/ranks/``: where every rank says that it lives, and where the first to fail says so.
+"""``RUN/ranks/JOB/``: where every rank says that it lives, and where the first to fail says so.
 
 Files, not messages: they need neither rank 0 nor a collective, and stay readable when everything
-has stopped. The directory is emptied when a run starts.
+has stopped. Every start has a directory of its own and removes those before: what is left of an
+earlier job on another node finds its place gone, and can raise no alarm here.
 
 - ``rank-00003.json``: host, process, step and phase, rewritten every few seconds;
 - ``alarm.json``: why the job ends, written once, by the rank that noticed first;
@@ -13,6 +14,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import secrets
 import shutil
 import socket
 import time
@@ -75,22 +77,25 @@ class Roster:
 
     Args:
         run_dir: the run directory.
+        job: this start's name, from :meth:`reset`.
         rank: this rank.
         phases: what this rank is doing.
     """
 
-    def __init__(self, run_dir: Path, rank: int, phases: Phases) -> None:
-        self.directory = run_dir / "ranks"
+    def __init__(self, run_dir: Path, job: str, rank: int, phases: Phases) -> None:
+        self.directory = run_dir / "ranks" / job
         self.rank = rank
         self.stack_file = self.directory / f"stack-{rank:05d}.txt"
         self._phases = phases
         self._created = psutil.Process().create_time()
 
     @staticmethod
-    def reset(run_dir: Path) -> None:
-        """Forget an earlier start; one process, before the others come."""
+    def reset(run_dir: Path) -> str:
+        """Forget earlier starts and name this one; one process, before the others come."""
         shutil.rmtree(run_dir / "ranks", ignore_errors=True)
-        (run_dir / "ranks").mkdir(parents=True, exist_ok=True)
+        job = f"{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(3)}"
+        (run_dir / "ranks" / job).mkdir(parents=True)
+        return job
 
     def here(self) -> Presence:
         """This rank, now."""

@@ -3,8 +3,8 @@
 A :class:`Watchdog` is the frame of a training run on each rank:
 
 - *Failure.* An exception leaves the frame: the first rank to fail says who, where and why, in the
-  log and in ``RUN/ranks/alarm.json``; every rank's thread sees that file and ends its process. A
-  rank that lost its peers (one was killed) looks for the dead one and names it.
+  log and in ``alarm.json`` (see ``roster``); every rank's thread sees that file and ends its
+  process. A rank that lost its peers (one was killed) looks for the dead one and names it.
 - *Hang.* A rank whose phase has not changed for ``train.watchdog_s`` raises the alarm; every rank
   writes its phase and Python stacks, the first one prints a table of all, and the job ends.
 - *Orphans.* A rank whose launcher is gone sends itself SIGTERM, which saves and ends a run, and
@@ -66,18 +66,21 @@ class Watchdog:
     """Context manager around what a rank does from joining the job on.
 
     Args:
-        run_dir: the run directory, its roster reset.
+        run_dir: the run directory.
+        job: this start's name, from ``Roster.reset``.
         ranks: where this process stands.
         phases: what it is doing.
         watchdog_s: ``train.watchdog_s``.
     """
 
-    def __init__(self, run_dir: Path, ranks: Ranks, phases: Phases, watchdog_s: float) -> None:
+    def __init__(
+        self, run_dir: Path, job: str, ranks: Ranks, phases: Phases, watchdog_s: float
+    ) -> None:
         self._run_dir = run_dir
         self._ranks = ranks
         self._phases = phases
         self._watchdog_s = watchdog_s
-        self._roster = Roster(run_dir, ranks.rank, phases)
+        self._roster = Roster(run_dir, job, ranks.rank, phases)
         self._launchers = launchers_above()
         self._orphaned_at = math.inf
         self._suspended_s = 0.0
@@ -202,8 +205,9 @@ class Watchdog:
             f"watchdog: rank {self._ranks.rank} has been at {self._roster.here().where()} for "
             f"{stuck_s:.0f} s (train.watchdog_s={self._watchdog_s:g}, {limit_s:g} s for this phase)"
         )
-        if not self._roster.raise_alarm("hang", EXIT_HANG, text):
-            return  # another rank was faster: its alarm is seen at the next look
+        with contextlib.suppress(OSError):  # a full disk: this rank at least ends
+            if not self._roster.raise_alarm("hang", EXIT_HANG, text):
+                return  # another rank was faster: its alarm is seen at the next look
         self._dump()
         others = self._roster.others()
         wait_until(lambda: all(self._answered(other) for other in others), GRACE_S)

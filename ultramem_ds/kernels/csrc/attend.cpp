@@ -2,7 +2,8 @@
 //
 // Letters: B sequences, A cached heads, G query heads that share a cached one, C positions, K head
 // width, a multiple of 16. One task per (sequence, cached head): its keys stream past once, then
-// its values, whatever G is.
+// its values, whatever G is. Query heads are taken four at a time, so that what is loaded of a key
+// or value serves four products, and sums stay in registers.
 
 #include <ATen/Parallel.h>
 
@@ -10,27 +11,57 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
 #include <vector>
 
 namespace {
 
 constexpr int64_t kLanes = 16;
-constexpr int64_t kChunk = 64;  // values that stay in L1 for all query heads
+constexpr int64_t kChunk = 64;  // positions whose keys or values stay in L1 for all query heads
+constexpr int kTile = 16;       // products in flight, one per lane of their sums
 typedef float Vector __attribute__((vector_size(4 * kLanes)));
 typedef int32_t Integers __attribute__((vector_size(4 * kLanes)));
 typedef float UnalignedVector __attribute__((vector_size(4 * kLanes), aligned(4)));
 
 inline Vector load(const float* p) { return *reinterpret_cast<const UnalignedVector*>(p); }
+// Keeps what has been loaded in its register: GCC would load it again for every product.
+inline void pin(Vector& v) {
+#if defined(__AVX512F__)
+  __asm__("" : "+v"(v));
+#else
+  (void)v;
+#endif
+}
 inline void store(Vector v, float* p) { *reinterpret_cast<UnalignedVector*>(p) = v; }
 
-inline float sum_lanes(Vector v) {
-  typedef float Half __attribute__((vector_size(32)));
-  typedef float Quarter __attribute__((vector_size(16)));
-  const Half a = __builtin_shufflevector(v, v, 0, 1, 2, 3, 4, 5, 6, 7) +
-                 __builtin_shufflevector(v, v, 8, 9, 10, 11, 12, 13, 14, 15);
-  const Quarter b =
-      __builtin_shufflevector(a, a, 0, 1, 2, 3) + __builtin_shufflevector(a, a, 4, 5, 6, 7);
-  return (b[0] + b[2]) + (b[1] + b[3]);
+// The sum over the lanes of each of sixteen vectors, in their order.
+inline Vector sums_of_lanes(const Vector (&v)[kTile]) {
+  Vector eighths[8], quarters[4], halves[2];
+#pragma GCC unroll 16
+  for (int i = 0; i < 8; ++i) {
+    const Vector a = v[2 * i], b = v[2 * i + 1];
+    eighths[i] =
+        __builtin_shufflevector(a, b, 0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23) +
+        __builtin_shufflevector(a, b, 8, 9, 10, 11, 12, 13, 14, 15, 24, 25, 26, 27, 28, 29, 30, 31);
+  }
+#pragma GCC unroll 16
+  for (int i = 0; i < 4; ++i) {
+    const Vector a = eighths[2 * i], b = eighths[2 * i + 1];
+    quarters[i] =
+        __builtin_shufflevector(a, b, 0, 1, 2, 3, 8, 9, 10, 11, 16, 17, 18, 19, 24, 25, 26, 27) +
+        __builtin_shufflevector(a, b, 4, 5, 6, 7, 12, 13, 14, 15, 20, 21, 22, 23, 28, 29, 30, 31);
+  }
+#pragma GCC unroll 16
+  for (int i = 0; i < 2; ++i) {
+    const Vector a = quarters[2 * i], b = quarters[2 * i + 1];
+    halves[i] =
+        __builtin_shufflevector(a, b, 0, 1, 4, 5, 8, 9, 12, 13, 16, 17, 20, 21, 24, 25, 28, 29) +
+        __builtin_shufflevector(a, b, 2, 3, 6, 7, 10, 11, 14, 15, 18, 19, 22, 23, 26, 27, 30, 31);
+  }
+  return __builtin_shufflevector(halves[0], halves[1], 0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22,
+                                 24, 26, 28, 30) +
+         __builtin_shufflevector(halves[0], halves[1], 1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23,
+                                 25, 27, 29, 31);
 }
 
 // exp of numbers at most 0; relative error about 2e-7 (Cephes' polynomial).
@@ -57,15 +88,122 @@ inline Vector exponential(Vector x) {
 
 // Scores to exponentials, in place; returns their sum. Padded up to a multiple of 16 by -inf.
 float soften(float* scores, int64_t padded) {
-  float highest = scores[0];
-  for (int64_t c = 1; c < padded; ++c) highest = std::max(highest, scores[c]);
-  Vector total{};
+  Vector tops = load(scores);
+  for (int64_t c = kLanes; c < padded; c += kLanes) {
+    const Vector next = load(scores + c);
+    tops = next > tops ? next : tops;
+  }
+  float highest = tops[0];
+  for (int64_t lane = 1; lane < kLanes; ++lane) highest = std::max(highest, tops[lane]);
+  Vector totals{};
   for (int64_t c = 0; c < padded; c += kLanes) {
     const Vector e = exponential(load(scores + c) - highest);
     store(e, scores + c);
-    total += e;
+    totals += e;
   }
-  return sum_lanes(total);
+  float total = 0;
+  for (int64_t lane = 0; lane < kLanes; ++lane) total += totals[lane];
+  return total;
+}
+
+// One sequence and cached head: rows of K floats, a constant number of floats apart.
+struct Cached {
+  const float* rows;
+  int64_t stride, positions, width;
+
+  const float* row(int64_t c) const { return rows + std::min(c, positions - 1) * stride; }
+};
+
+// Scores of some query heads for positions [begin, end), rounded up to whole tiles.
+template <int kHeads>
+void score(const Cached& keys, const float* query, int64_t begin, int64_t end, float factor,
+           float* scores, int64_t padded) {
+  constexpr int kKeys = kTile / kHeads;
+  constexpr int kTogether = kHeads == 1 ? 1 : kKeys;  // a lone head's keys come one after another
+  for (int64_t c = begin; c < end; c += kKeys) {
+    Vector products[kTile];
+#pragma GCC unroll 16
+    for (int first = 0; first < kKeys; first += kTogether) {
+      Vector sums[kHeads][kTogether] = {};
+      const float* rows[kTogether];
+#pragma GCC unroll 4
+      for (int j = 0; j < kTogether; ++j) rows[j] = keys.row(c + first + j);
+      for (int64_t k = 0; k < keys.width; k += kLanes) {
+        Vector key[kTogether];
+#pragma GCC unroll 4
+        for (int j = 0; j < kTogether; ++j) {
+          key[j] = load(rows[j] + k);
+          pin(key[j]);
+        }
+#pragma GCC unroll 4
+        for (int g = 0; g < kHeads; ++g) {
+          Vector q = load(query + g * keys.width + k);
+          pin(q);
+#pragma GCC unroll 4
+          for (int j = 0; j < kTogether; ++j) sums[g][j] += q * key[j];
+        }
+      }
+#pragma GCC unroll 4
+      for (int g = 0; g < kHeads; ++g)
+#pragma GCC unroll 4
+        for (int j = 0; j < kTogether; ++j) products[g * kKeys + first + j] = sums[g][j];
+    }
+    const Vector totals = factor * sums_of_lanes(products);
+    for (int g = 0; g < kHeads; ++g)
+      std::memcpy(scores + g * padded + c, reinterpret_cast<const float*>(&totals) + g * kKeys,
+                  kKeys * sizeof(float));
+  }
+}
+
+// Add the weighted values of positions [begin, end) to some query heads' results, from column k on.
+template <int kHeads, int kVectors>
+void pool(const Cached& values, const float* weights, int64_t padded, int64_t begin, int64_t end,
+          int64_t k, float* result) {
+  Vector sums[kHeads][kVectors];
+#pragma GCC unroll 16
+  for (int g = 0; g < kHeads; ++g)
+#pragma GCC unroll 16
+    for (int j = 0; j < kVectors; ++j)
+      sums[g][j] = load(result + g * values.width + k + j * kLanes);
+  for (int64_t c = begin; c < end; ++c) {
+    const float* row = values.rows + c * values.stride + k;
+    Vector value[kVectors];
+#pragma GCC unroll 16
+    for (int j = 0; j < kVectors; ++j) {
+      value[j] = load(row + j * kLanes);
+      pin(value[j]);
+    }
+#pragma GCC unroll 16
+    for (int g = 0; g < kHeads; ++g) {
+      Vector weight = Vector{} + weights[g * padded + c];
+      pin(weight);
+#pragma GCC unroll 16
+      for (int j = 0; j < kVectors; ++j) sums[g][j] += weight * value[j];
+    }
+  }
+#pragma GCC unroll 16
+  for (int g = 0; g < kHeads; ++g)
+#pragma GCC unroll 16
+    for (int j = 0; j < kVectors; ++j)
+      store(sums[g][j], result + g * values.width + k + j * kLanes);
+}
+
+template <int kHeads>
+void pool_all(const Cached& values, const float* weights, int64_t padded, int64_t begin,
+              int64_t end, float* result) {
+  int64_t k = 0;
+  for (; k + 4 * kLanes <= values.width; k += 4 * kLanes)
+    pool<kHeads, 4>(values, weights, padded, begin, end, k, result);
+  for (; k < values.width; k += kLanes)
+    pool<kHeads, 1>(values, weights, padded, begin, end, k, result);
+}
+
+// Calls body with a constant, 4 or 1, and the first of as many query heads.
+template <typename Body>
+void for_heads(int64_t group, const Body& body) {
+  int64_t g = 0;
+  for (; g + 4 <= group; g += 4) body(std::integral_constant<int, 4>(), g);
+  for (; g < group; ++g) body(std::integral_constant<int, 1>(), g);
 }
 
 }  // namespace
@@ -79,44 +217,32 @@ void ultramem_attend(const float* queries, const float* keys, const float* value
                      float factor, float* out) {
   const int64_t padded = (positions + kLanes - 1) / kLanes * kLanes;
   at::parallel_for(0, batch * heads, 1, [&](int64_t first, int64_t last) {
-    std::vector<float> scores(group * padded);
+    std::vector<float> scores(group * padded), totals(group);
     for (int64_t task = first; task < last; ++task) {
       const int64_t offset = task / heads * batch_stride + task % heads * head_stride;
+      const Cached key_rows{keys + offset, position_stride, positions, width};
+      const Cached value_rows{values + offset, position_stride, positions, width};
       const float* query = queries + task * group * width;
       float* result = out + task * group * width;
-      for (int64_t g = 0; g < group; ++g)
-        std::fill(scores.begin() + g * padded + positions, scores.begin() + (g + 1) * padded,
-                  -INFINITY);
-      for (int64_t c = 0; c < positions; ++c) {
-        const float* key = keys + offset + c * position_stride;
-        for (int64_t k = 0; k < width; k += kLanes)
-          __builtin_prefetch(key + 16 * position_stride + k);
-        for (int64_t g = 0; g < group; ++g) {
-          Vector sum{};
-          for (int64_t k = 0; k < width; k += kLanes)
-            sum += load(key + k) * load(query + g * width + k);
-          scores[g * padded + c] = factor * sum_lanes(sum);
-        }
-      }
-      std::fill(result, result + group * width, 0.0f);
-      std::vector<float> totals(group);
-      for (int64_t g = 0; g < group; ++g) totals[g] = soften(scores.data() + g * padded, padded);
       for (int64_t begin = 0; begin < positions; begin += kChunk) {
         const int64_t end = std::min(positions, begin + kChunk);
-        for (int64_t g = 0; g < group; ++g)
-          for (int64_t k = 0; k < width; k += 4 * kLanes) {
-            const int64_t vectors = std::min<int64_t>(4, (width - k) / kLanes);
-            Vector sums[4];
-            for (int64_t j = 0; j < vectors; ++j)
-              sums[j] = load(result + g * width + k + j * kLanes);
-            for (int64_t c = begin; c < end; ++c) {
-              const float* value = values + offset + c * position_stride + k;
-              const float weight = scores[g * padded + c];
-              for (int64_t j = 0; j < vectors; ++j) sums[j] += weight * load(value + j * kLanes);
-            }
-            for (int64_t j = 0; j < vectors; ++j)
-              store(sums[j], result + g * width + k + j * kLanes);
-          }
+        for_heads(group, [&](auto count, int64_t g) {
+          score<decltype(count)::value>(key_rows, query + g * width, begin, end, factor,
+                                        scores.data() + g * padded, padded);
+        });
+      }
+      for (int64_t g = 0; g < group; ++g) {
+        float* row = scores.data() + g * padded;
+        std::fill(row + positions, row + padded, -INFINITY);
+        totals[g] = soften(row, padded);
+      }
+      std::fill(result, result + group * width, 0.0f);
+      for (int64_t begin = 0; begin < positions; begin += kChunk) {
+        const int64_t end = std::min(positions, begin + kChunk);
+        for_heads(group, [&](auto count, int64_t g) {
+          pool_all<decltype(count)::value>(value_rows, scores.data() + g * padded, padded, begin,
+                                           end, result + g * width);
+        });
       }
       for (int64_t i = 0; i < group * width; ++i) result[i] /= totals[i / width];
     }
