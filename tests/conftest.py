@@ -3,17 +3,24 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
 from pathlib import Path
 from pydoc_data.topics import topics
 
 import pytest
 import torch
 
-from tests.dist.launching import run_verb
+from tests.dist.launching import ROOT, run_verb
 from ultramem_ds.data.prepare import PrepareConfig, prepare
 from ultramem_ds.data.tokenizer_training import train_on_inputs
 
 torch.set_num_threads(1)
+
+# What tests compile is compiled faster, and apart from what other programs of this user have.
+if shutil.which("c++"):
+    os.environ.setdefault("CXX", str(Path(__file__).with_name("cxx_without_debug_info.sh")))
+os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(ROOT / "build" / "test-extensions"))
 
 VOCAB_SIZE = 512
 

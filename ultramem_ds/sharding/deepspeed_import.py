@@ -4,6 +4,8 @@
 - Its shared-memory all-reduce is switched off: only tensor-parallel inference uses it, but every
   start would build it (half a minute the first time, and a stale build lock blocks later starts)
   and leave 66 MB in ``/dev/shm`` per rank.
+- Its Muon optimizer, which nothing here offers, stays uncompiled: every engine imports it, which
+  would load torch's compiler at every start (1.6 s).
 """
 
 from __future__ import annotations
@@ -12,12 +14,17 @@ import contextlib
 import sys
 import warnings
 from typing import Any
+from unittest import mock
 
 with contextlib.redirect_stdout(sys.stderr):
     import deepspeed
     import deepspeed.comm
     import deepspeed.ops
+    import deepspeed.runtime.compiler
     from deepspeed.utils.tensor_fragment import fragment_address
+
+    with mock.patch.object(deepspeed.runtime.compiler, "compile", lambda: lambda code: code):
+        import deepspeed.runtime.zero.muon.original_muon
 
 # Raised by DeepSpeed's own calls of torch, once per call site and rank.
 warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
