@@ -50,11 +50,12 @@ test: install ## run the tests, TEST_JOBS at a time
 bad-input: install ## write docs/bad-input.md anew from the messages of today
 	UPDATE_BAD_INPUT=1 $(PY) -m pytest tests/unit/test_bad_input.py
 
-lint: install ## ruff, mypy and the collectives check
+lint: install ## ruff, mypy, the collectives check and the arrows between packages
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
 	$(PY) -m mypy
 	$(PY) scripts/check_collectives.py
+	$(PY) scripts/check_arrows.py
 
 format: install ## let ruff rewrite what it can
 	$(PY) -m ruff check --fix .
