@@ -31,7 +31,9 @@ LAYERS = (
     ("infer",),
     ("testing",),
     ("bench",),
-    ("doctor", "demo", "launcher"),
+    ("doctor", "launcher", "study"),
+    ("demo",),
+    ("corpus",),
     ("cli",),
     ("__main__",),
 )

@@ -23,6 +23,7 @@ VERBS = {
     "plan": "plan",
     "bench": "bench",
     "report": "report",
+    "study": "study",
     "doctor": "doctor",
 }
 

@@ -42,9 +42,7 @@ def _zip_files(archive: Path, wanted: Wanted) -> Iterator[tuple[str, bytes]]:
 
 def _deb_files(archive: Path, wanted: Wanted) -> Iterator[tuple[str, bytes]]:
     command = ["dpkg-deb", "--fsys-tarfile", str(archive)]
-    with subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
-    ) as process:
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as process:
         assert process.stdout is not None
         with tarfile.open(fileobj=process.stdout, mode="r|") as opened:
             yield from _tar_files(opened, wanted)

@@ -1,7 +1,7 @@
 """From packages to a corpus in RedPajama's layout, resumable package by package.
 
-``DIR/packages`` keeps the downloads, ``DIR/extracted`` the text of every package, ``DIR/corpus`` the
-documents that are left without near-duplicates, and ``DIR/packages.md`` says what all of it is from.
+``DIR/packages`` keeps the downloads, ``DIR/extracted`` the text of every package, ``DIR/corpus``
+what is left of it without near-duplicates, and ``DIR/packages.md`` says what all of it is from.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from ultramem_ds.corpus.fetch import Fetcher
 from ultramem_ds.corpus.near_duplicates import NearDuplicates
 from ultramem_ds.corpus.packages import PACKAGES, Package
 from ultramem_ds.corpus.texts import dictionary, document, fortunes, is_text
-from ultramem_ds.report import markdown_table
+from ultramem_ds.telemetry.report import markdown_table
 from ultramem_ds.utils.files import read_json, write_json, write_text
 
 MIN_SUBSETS = 5

@@ -18,8 +18,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean, stdev
 
+from ultramem_ds.config.ablations import ABLATION_ROWS
 from ultramem_ds.config.load import load_config, to_dict
-from ultramem_ds.config.presets import ABLATION_ROWS
 from ultramem_ds.demo.__main__ import ROOT, prepare_data
 from ultramem_ds.telemetry.metrics import METRICS, VALIDATION, read_lines
 from ultramem_ds.telemetry.report import markdown_table
