@@ -6,7 +6,7 @@ from ultramem_ds.config.load import load_config, to_dict
 
 WIDTH = 8  # divides hidden size, value width and kdim
 KNUM = 1000 / 160  # divides knum
-SPANS = {"6:6": "2:2", "3:5/6:8/9:11": "1:2/2:3/3:4"}
+SPANS = {"6:6": "2:2", "3:5/6:8/9:11": "1:2/2:3/3:4", "4:4/7:7/10:10": "2:2/3:3/4:4"}
 
 
 def debug_scale(preset: str) -> tuple[str, ...]:

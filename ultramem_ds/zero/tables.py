@@ -24,6 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ultramem_ds.model.memory.layer import MemoryLayer
 from ultramem_ds.model.memory.lookup import ValueTable
 from ultramem_ds.optim.decision import Decision
 from ultramem_ds.sharding.blocks import Block
@@ -141,6 +142,18 @@ class Zero3Tables:
         for param in self.params:
             param.ds_persist = False
             param.all_gather = _refuse_to_gather
+
+    def readers(self, layers: Sequence[MemoryLayer]) -> dict[str, Callable[[], Tensor]]:
+        """This rank's pieces of the memory layers' values and keys, by what statistics call them.
+
+        Args:
+            layers: in the order of the tables.
+        """
+        found: dict[str, Callable[[], Tensor]] = {}
+        for index, (layer, shard) in enumerate(zip(layers, self.shards)):
+            found[f"layer_{index}/value"] = shard.values
+            found[f"layer_{index}/key"] = shard_reader(layer.retrieval.keys.weight)
+        return found
 
     def publish_gradients(self) -> None:
         """Hand the gradients to ZeRO; once per optimizer step, before ``engine.step``."""
