@@ -9,7 +9,7 @@ import torch
 
 from ultramem_ds.cli.count import PAPER
 from ultramem_ds.cli.main import main
-from ultramem_ds.config.ablations import ABLATION_ROWS
+from ultramem_ds.config.ablations import ABLATION_ROWS, TABLE_3_ROWS, TABLE_8_ROWS
 from ultramem_ds.config.presets import PRESETS, preset
 from ultramem_ds.model.accounting import count
 from ultramem_ds.model.lm import LanguageModel
