@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 import sys
+from dataclasses import replace
+from fnmatch import fnmatchcase
 from pathlib import Path
 
 
@@ -22,6 +24,17 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     parser.add_argument("--data", type=Path, metavar="DIR", help="directory written by `prepare`")
     parser.add_argument("--output", type=Path, metavar="DIR", help="default: runs/studies/STUDY")
     parser.add_argument("--nproc", type=int, default=1, metavar="P", help="ranks of one run")
+    parser.add_argument("--jobs", type=int, default=1, metavar="N", help="runs at a time")
+    parser.add_argument("--seeds", type=int, nargs="+", metavar="N", help="instead of the study's")
+    parser.add_argument(
+        "--tokens", type=int, nargs="+", metavar="N", help="budgets instead of the study's"
+    )
+    parser.add_argument(
+        "--rows",
+        nargs="+",
+        metavar="PATTERN",
+        help="run only rows whose name fits, for example 'moe*'; the table shows all there are",
+    )
     parser.add_argument(
         "--report-only", action="store_true", help="run nothing; write about what is finished"
     )
@@ -55,13 +68,23 @@ def run(arguments: argparse.Namespace) -> int:
         return 0
     if arguments.study is None:
         raise ValueError("name a study: a file, or one of " + ", ".join(shipped()))
-    if arguments.nproc < 1:
-        raise ValueError(f"--nproc {arguments.nproc} must be at least 1")
+    for option in ("nproc", "jobs"):
+        if getattr(arguments, option) < 1:
+            raise ValueError(f"--{option} {getattr(arguments, option)} must be at least 1")
     name, study = load_study(arguments.study)
+    study = replace(
+        study,
+        seeds=tuple(arguments.seeds or study.seeds),
+        tokens=tuple(arguments.tokens or study.tokens),
+    )
     table, runs = lines(study), trials(study, arguments.overrides)
+    chosen = [trial for trial in runs if _fits(trial.line.name, arguments.rows)]
+    if not chosen:
+        names = ", ".join(line.name for line in table)
+        raise ValueError(f"--rows {' '.join(arguments.rows)} fits no row of {names}")
     output: Path = arguments.output or Path("runs/studies") / name
     if arguments.dry_run:
-        for trial in runs:
+        for trial in chosen:
             state = (
                 "finished" if is_finished(trial, output) else f"{trial.tokens / 1e6:.2f} M tokens"
             )
@@ -74,17 +97,22 @@ def run(arguments: argparse.Namespace) -> int:
         data=arguments.data,
         output=output,
         num_ranks=arguments.nproc,
+        jobs=arguments.jobs,
         keep_checkpoints=arguments.keep_checkpoints,
     )
     output.mkdir(parents=True, exist_ok=True)
     if arguments.submit is not None:
-        said = submit_trials(runs, settings, arguments.submit, Path("launch/slurm.sh"))
+        said = submit_trials(chosen, settings, arguments.submit, Path("launch/slurm.sh"))
         print("\n".join(said) or "all runs are finished")
         return 0
-    failed = [] if arguments.report_only else run_trials(runs, settings)
+    failed = [] if arguments.report_only else run_trials(chosen, settings)
     tokens = sum(subset.tokens for subset in manifest.of_split("train").values())
     for path in write_study(name, study, table, runs, output, tokens):
         print(path)
     for line in failed:
         print(f"failed: {line}", file=sys.stderr)
     return 1 if failed else 0
+
+
+def _fits(name: str, patterns: list[str] | None) -> bool:
+    return patterns is None or any(fnmatchcase(name, pattern) for pattern in patterns)

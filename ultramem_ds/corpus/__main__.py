@@ -6,6 +6,7 @@ Every stage is skipped when its result is there; an interrupted one goes on wher
 from __future__ import annotations
 
 import argparse
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -58,6 +59,7 @@ def make_corpus(directory: Path, min_mb: float) -> None:
             "more than 4 M tokens.",
             flush=True,
         )
+        shutil.rmtree(directory / "corpus")
         sizes = write_corpus(directory / "corpus")
         sources = [
             Source(

@@ -131,6 +131,7 @@ def deduplicate(directory: Path, sources: Sequence[Source]) -> list[Source]:
     """Write ``corpus`` from ``extracted``, of near-duplicates only the first; all at once."""
     final, part = directory / "corpus", directory / "corpus.part"
     shutil.rmtree(part, ignore_errors=True)
+    part.mkdir(parents=True)
     known = NearDuplicates()
     result = []
     for source in sources:

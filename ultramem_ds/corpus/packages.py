@@ -49,8 +49,11 @@ def _pypi(subset: str, names: str) -> tuple[Package, ...]:
     )
 
 
+# Not drivers and architectures, which are many times as much.
 _KERNEL = tuple(
-    f"*/{part}/*.[ch]" for part in ("block", "crypto", "fs", "ipc", "kernel", "lib", "mm", "net")
+    f"linux-source-{version}/{part}/*.[ch]"
+    for version in ("?.?", "?.??")
+    for part in ("block", "crypto", "fs", "ipc", "kernel", "lib", "mm", "net")
 )
 
 PACKAGES: tuple[Package, ...] = (

@@ -1,4 +1,4 @@
-"""Runs a study's trials one after the other, or hands them to SLURM; resumable at any point.
+"""Runs a study's trials, some at a time, or hands them to SLURM; resumable at any point.
 
 A trial is finished when its run directory has the summary of its last step; anything else is begun
 or resumed by ``train`` itself. Checkpoints of finished trials are deleted unless asked for: the
@@ -13,7 +13,8 @@ import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+import time
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,7 +26,9 @@ from ultramem_ds.utils.files import read_json
 
 # What may differ between a run directory and the study: it changes no number that is compared.
 _FREE = ("train.save_every", "train.keep_last", "train.stop_at_step", "data.num_workers")
-_CONSOLE = "console.log"
+CONSOLE = "console.log"
+_POLL_S = 0.2
+_HANDED_ON = -1  # after the signals that have been
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,12 +39,14 @@ class Settings:
         data: prepared data.
         output: the study's directory.
         num_ranks: processes of one run on this machine.
+        jobs: runs at a time.
         keep_checkpoints: of finished trials.
     """
 
     data: Path
     output: Path
     num_ranks: int = 1
+    jobs: int = 1
     keep_checkpoints: bool = False
 
 
@@ -81,53 +86,76 @@ def run_trials(trials: Sequence[Trial], settings: Settings) -> list[str]:
 
     Raises:
         ValueError: if a run directory holds a run with other settings.
-        KeyboardInterrupt: after a signal, when the run in progress has saved and ended.
+        KeyboardInterrupt: after a signal, when the runs in progress have saved and ended.
     """
     todo = [trial for trial in trials if not is_finished(trial, settings.output)]
     print(f"{len(trials)} runs, {len(trials) - len(todo)} of them finished", flush=True)
+    waiting = list(enumerate(todo, 1))
+    running: dict[str, tuple[Trial, subprocess.Popen[bytes]]] = {}
     failed = []
-    for number, trial in enumerate(todo, 1):
-        run_dir = settings.output / trial.run_dir
-        print(f"[{number}/{len(todo)}] {trial.run_dir.name}", flush=True)
-        code = _run_one(train_command(trial, settings), run_dir, settings.num_ranks)
-        if code or not is_finished(trial, settings.output):
-            failed.append(f"{trial.run_dir.name}: exit code {code}, see {run_dir / _CONSOLE}")
-            print(f"FAILED {failed[-1]}", file=sys.stderr, flush=True)
-        elif not settings.keep_checkpoints:
-            shutil.rmtree(run_dir / "checkpoints", ignore_errors=True)
+    with _signals() as received:
+        while waiting or running:
+            if received:
+                _hand_on(received, running.values())
+                waiting.clear()
+            while waiting and len(running) < settings.jobs:
+                number, trial = waiting.pop(0)
+                print(f"[{number}/{len(todo)}] {trial.run_dir.name}", flush=True)
+                running[trial.run_dir.name] = (trial, _start(trial, settings))
+            time.sleep(_POLL_S)
+            for name, (trial, process) in list(running.items()):
+                if (code := process.poll()) is None:
+                    continue
+                del running[name]
+                if is_finished(trial, settings.output):
+                    _tidy(settings.output / trial.run_dir, settings.keep_checkpoints)
+                elif not received:
+                    console = settings.output / trial.run_dir / CONSOLE
+                    failed.append(f"{name}: exit code {code}, see {console}")
+                    print(f"FAILED {failed[-1]}", file=sys.stderr, flush=True)
+        if received:
+            raise KeyboardInterrupt
     return failed
 
 
-def _run_one(command: Sequence[str], run_dir: Path, num_ranks: int) -> int:
+def _start(trial: Trial, settings: Settings) -> subprocess.Popen[bytes]:
+    """One run in a session of its own: a signal reaches it once, from here."""
     start = [sys.executable, "-m", "ultramem_ds"]
-    if num_ranks > 1:
+    if settings.num_ranks > 1:
         with socket.socket() as free:
             free.bind(("", 0))
             port = free.getsockname()[1]
-        start = [sys.executable, "-m", "ultramem_ds.launcher", "--num_gpus", str(num_ranks)]
-        start += ["--no_local_rank", "--master_addr", "127.0.0.1", "--master_port", str(port)]
+        start = [sys.executable, "-m", "ultramem_ds.launcher"]
+        start += ["--num_gpus", str(settings.num_ranks), "--no_local_rank"]
+        start += ["--master_addr", "127.0.0.1", "--master_port", str(port)]
         start += ["--module", "ultramem_ds"]
+    run_dir = settings.output / trial.run_dir
     run_dir.mkdir(parents=True, exist_ok=True)
-    with open(run_dir / _CONSOLE, "a") as log:
-        # In a session of its own: a signal reaches it once, from here.
-        process = subprocess.Popen(
-            [*start, *command], stdout=log, stderr=log, start_new_session=True
-        )
-        with _signals_to(process) as received:
-            code = process.wait()
-        if received:
-            raise KeyboardInterrupt
-    return code
+    with open(run_dir / CONSOLE, "a") as log:
+        command = [*start, *train_command(trial, settings)]
+        return subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True)
+
+
+def _tidy(run_dir: Path, keep_checkpoints: bool) -> None:
+    if not keep_checkpoints:
+        shutil.rmtree(run_dir / "checkpoints", ignore_errors=True)
+
+
+def _hand_on(received: list[int], running: Iterable[tuple[Trial, subprocess.Popen[bytes]]]) -> None:
+    """Hand a signal on as SIGTERM, of which ``train`` saves; once."""
+    if received[-1] != _HANDED_ON:
+        received.append(_HANDED_ON)
+        for _, process in running:
+            process.send_signal(signal.SIGTERM)
 
 
 @contextmanager
-def _signals_to(process: subprocess.Popen[bytes]) -> Iterator[list[int]]:
-    """Hand SIGTERM and SIGINT on as SIGTERM, of which ``train`` saves; yields what came."""
+def _signals() -> Iterator[list[int]]:
+    """Yields the SIGTERM and SIGINT that came."""
     received: list[int] = []
 
     def receive(number: int, frame: FrameType | None) -> None:
         received.append(number)
-        process.send_signal(signal.SIGTERM)
 
     before = {n: signal.signal(n, receive) for n in (signal.SIGTERM, signal.SIGINT)}
     try:
@@ -164,7 +192,7 @@ def submit_trials(
             continue
         run_dir = settings.output / trial.run_dir
         run_dir.mkdir(parents=True, exist_ok=True)
-        job = [f"--job-name={trial.run_dir.name}", f"--output={run_dir / _CONSOLE}"]
+        job = [f"--job-name={trial.run_dir.name}", f"--output={run_dir / CONSOLE}"]
         command = ["sbatch", *job, "--open-mode=append", *shlex.split(options), str(script)]
         done = subprocess.run(
             [*command, *train_command(trial, settings)], capture_output=True, text=True
