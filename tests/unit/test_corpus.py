@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import zipfile
+from random import Random
 
 import pytest
 
@@ -23,7 +24,8 @@ needs_dpkg = pytest.mark.skipif(shutil.which("dpkg-deb") is None, reason="no dpk
 
 def prose(number, words=80):
     """Text of its own for every number."""
-    return " ".join(f"{WORDS[(number * 7 + i * i) % len(WORDS)]}{i % number}" for i in range(words))
+    random = Random(number)
+    return " ".join(f"{random.choice(WORDS)}{random.randrange(9)}" for _ in range(words))
 
 
 def make_deb(directory, name, contents):

@@ -46,30 +46,25 @@ class Source:
 
 def documents_of(package: Package, archive: Path) -> Iterator[tuple[str, str]]:
     """Path inside the package and text of every document."""
-    paths = package.paths
-    index = b""
     if package.subset == "dictionaries":
-        for path, data in archives.files(archive, lambda p: p.endswith((".index", ".dict.dz"))):
-            if path.endswith(".index"):
-                index = data
-            else:
-                entries, entries_path = data, path
-        for number, text in enumerate(dictionary(index, entries)):
-            yield f"{entries_path}#{number}", text
-        return
-    if "fortunes" in package.names:
-        for path, data in archives.files(archive, lambda p: fnmatch.fnmatch(p, paths[0])):
+        yield from _dictionary_documents(archive)
+    elif package.names == ("fortunes",):
+        for path, data in archives.files(archive, package.wants):
             for number, text in enumerate(fortunes(data)):
                 yield f"{path}#{number}", text
-        return
+    else:
+        for path, data in archives.files(archive, lambda p: is_text(p) and package.wants(p)):
+            if (read := document(path, data)) is not None:
+                yield path, read
 
-    def wanted(path: str) -> bool:
-        return is_text(path) and (not paths or any(fnmatch.fnmatch(path, p) for p in paths))
 
-    for path, data in archives.files(archive, wanted):
-        text = document(path, data)
-        if text is not None:
-            yield path, text
+def _dictionary_documents(archive: Path) -> Iterator[tuple[str, str]]:
+    found = dict(archives.files(archive, lambda p: p.endswith((".index", ".dict.dz"))))
+    for path, entries in found.items():
+        if path.endswith(".dict"):
+            index = found[path.removesuffix(".dict") + ".index"]
+            for number, text in enumerate(dictionary(index, entries)):
+                yield f"{path}#{number}", text
 
 
 def licence_of(name: str, archive: Path) -> str:

@@ -6,6 +6,7 @@ several releases of Debian.
 
 from __future__ import annotations
 
+import fnmatch
 from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
@@ -27,6 +28,10 @@ class Package:
     registry: Registry
     subset: str
     paths: tuple[str, ...] = ()
+
+    def wants(self, path: str) -> bool:
+        """Whether ``paths`` ask for this file."""
+        return not self.paths or any(fnmatch.fnmatch(path, p) for p in self.paths)
 
 
 def _debian(subset: str, *entries: str | tuple[str, tuple[str, ...]]) -> tuple[Package, ...]:
