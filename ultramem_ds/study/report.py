@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -20,7 +21,7 @@ from ultramem_ds.study.results import (
 )
 from ultramem_ds.study.spec import Study
 from ultramem_ds.telemetry.report import markdown_table
-from ultramem_ds.utils.files import write_json, write_text
+from ultramem_ds.utils.files import write_text
 
 
 def _loss(by_seed: Mapping[int, float]) -> str:
@@ -120,7 +121,8 @@ def write_study(
         PLOTS[figure](results, lines, path)
         written.append(path)
         text += f"\n![{figure}]({path.name})\n"
-    write_json(output / f"{name}.json", to_json(name, study, summaries, results))
+    values = to_json(name, study, summaries, results)
+    write_text(output / f"{name}.json", json.dumps(values, separators=(",", ":")) + "\n")
     write_text(page, text)
     return written
 

@@ -15,7 +15,7 @@ from ultramem_ds.study.run import is_finished
 from ultramem_ds.telemetry.metrics import METRICS, VALIDATION, read_lines
 
 LAST_SHARE = 0.1  # of the steps, whose mean is a run's training loss
-MAX_CURVE_POINTS = 100  # of a curve in the JSON
+MAX_CURVE_POINTS = 50  # of a curve in the JSON
 STATE_KEYS = ("top1_score", "output_std", "output_share", "recall", "rows_touched", "rows_kl")
 
 
@@ -95,11 +95,17 @@ def _read(trial: Trial, output: Path) -> RunResult:
         flops_per_token=size.flops_per_token,
         train_loss=mean(losses[-max(1, round(LAST_SHARE * len(losses))) :]),
         val_loss=validation["all"][-1][1],
-        validation=validation,
+        validation={subset: _sampled(curve) for subset, curve in validation.items()},
         training=_thinned(metrics, "loss"),
         grad_norm=_thinned(metrics, "grad_norm"),
-        state={name: curve for name, curve in state.items() if curve},
+        state={name: _sampled(curve) for name, curve in state.items() if curve},
     )
+
+
+def _sampled(curve: list[tuple[int, float]]) -> list[tuple[int, float]]:
+    """At most ``MAX_CURVE_POINTS`` of the points, evenly, the last among them."""
+    every = math.ceil(len(curve) / MAX_CURVE_POINTS)
+    return curve[::-1][::every][::-1]
 
 
 def _thinned(metrics: Sequence[Mapping[str, Any]], key: str) -> list[tuple[int, float]]:
