@@ -9,6 +9,7 @@ from __future__ import annotations
 import fnmatch
 import json
 import shutil
+import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -22,6 +23,7 @@ from ultramem_ds.telemetry.report import markdown_table
 from ultramem_ds.utils.files import read_json, write_json, write_text
 
 MIN_SUBSETS = 5
+MAX_PACKAGE_BYTES = 30_000_000  # of text, evenly over its documents: no package is the corpus
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -123,7 +125,10 @@ def extract(
 
 
 def deduplicate(directory: Path, sources: Sequence[Source]) -> list[Source]:
-    """Write ``corpus`` from ``extracted``, of near-duplicates only the first; all at once."""
+    """Write ``corpus`` from ``extracted``, of near-duplicates only the first; all at once.
+
+    Of a package with more than ``MAX_PACKAGE_BYTES`` a share is taken, by a hash of the text.
+    """
     final, part = directory / "corpus", directory / "corpus.part"
     shutil.rmtree(part, ignore_errors=True)
     part.mkdir(parents=True)
@@ -134,8 +139,11 @@ def deduplicate(directory: Path, sources: Sequence[Source]) -> list[Source]:
         place = part / source.subset / f"{source.name}.jsonl"
         place.parent.mkdir(parents=True, exist_ok=True)
         origin = directory / "extracted" / source.subset / f"{source.name}.jsonl"
+        share = MAX_PACKAGE_BYTES / origin.stat().st_size
         with open(origin, encoding="utf-8") as lines, open(place, "w", encoding="utf-8") as out:
             for line in lines:
+                if zlib.crc32(line.encode()) >= share * 2**32:
+                    continue
                 text = json.loads(line)["text"]
                 if known.seen(text):
                     dropped += 1

@@ -118,7 +118,6 @@ PACKAGES: tuple[Package, ...] = (
         "sources-python",
         "sympy django transformers scikit-learn pandas matplotlib networkx sqlalchemy twisted "
         "ansible-core astropy sphinx dask distributed bokeh jax statsmodels nltk biopython mypy "
-        "pylint ipython scrapy tornado aiohttp buildbot pytest hypothesis spacy gensim xarray "
-        "scipy numpy wagtail celery keras lightning accelerate diffusers setuptools poetry",
+        "pylint ipython scrapy",
     ),
 )
