@@ -9,30 +9,32 @@ from typing import Any
 
 import torch
 
+from ultramem_ds.checkpoint import directory as checkpoints
 from ultramem_ds.config.load import to_dict
 from ultramem_ds.data.loader import BatchLoader
 from ultramem_ds.data.mixture import Mixture
 from ultramem_ds.data.skips import Range, SkipRanges, format_ranges
 from ultramem_ds.data.tokenizers import load_tokenizer
+from ultramem_ds.planning.batches import agree_on_batches
 from ultramem_ds.sharding.comm import Comm
-from ultramem_ds.sharding.runtime import Ranks, runtime
-from ultramem_ds.train import checkpoint as checkpoints
-from ultramem_ds.train.board import hyper_parameters
-from ultramem_ds.train.desync import DesyncGuard, code_digest, digest
+from ultramem_ds.telemetry.board import hyper_parameters
+from ultramem_ds.telemetry.memory_use import peak_memory_bytes
+from ultramem_ds.telemetry.metrics import MetricsWriter
+from ultramem_ds.telemetry.phases import Phases
 from ultramem_ds.train.engine import StepResult, TrainEngine
 from ultramem_ds.train.evaluate import Reader, SubsetLoss, evaluate
-from ultramem_ds.train.faultlog import log_fault
-from ultramem_ds.train.guards import BadStep, TooManyBadStepsError
-from ultramem_ds.train.memory_use import peak_memory_bytes
-from ultramem_ds.train.metrics import MetricsWriter
-from ultramem_ds.train.phases import Phases
 from ultramem_ds.train.rollback import roll_back
-from ultramem_ds.train.roster import Roster
 from ultramem_ds.train.run import Run, skips_of
-from ultramem_ds.train.runlock import only_job
-from ultramem_ds.train.signals import StopRequest
-from ultramem_ds.train.watchdog import Watchdog
 from ultramem_ds.utils.files import write_json
+from ultramem_ds.watch.desync import DesyncGuard, code_digest, digest
+from ultramem_ds.watch.faultlog import log_fault
+from ultramem_ds.watch.guards import BadStep, TooManyBadStepsError
+from ultramem_ds.watch.roster import Roster
+from ultramem_ds.watch.runlock import only_job
+from ultramem_ds.watch.signals import StopRequest
+from ultramem_ds.watch.watchdog import Watchdog
+from ultramem_ds.zero.replicated import replicated
+from ultramem_ds.zero.runtime import Ranks, runtime
 
 
 def train(run: Run) -> dict[str, Any]:
@@ -62,9 +64,10 @@ def train(run: Run) -> dict[str, Any]:
 def _train(run: Run, ranks: Ranks, phases: Phases, stop: StopRequest) -> dict[str, Any]:
     """What every rank does, from an empty process group to the summary."""
     config = run.config
-    done_step = 0
+    done_step = recorded = 0
     if run.resume_from is not None:
-        done_step = checkpoints.read_trainer_state(run.resume_from).step
+        state = checkpoints.read_trainer_state(run.resume_from)
+        done_step, recorded = state.step, state.micro_batch_size
     last_step = config.train.max_steps
     if config.train.stop_at_step:
         last_step = min(last_step, config.train.stop_at_step)
@@ -72,14 +75,16 @@ def _train(run: Run, ranks: Ranks, phases: Phases, stop: StopRequest) -> dict[st
         if ranks.is_main:
             print(f"{run.run_dir} is finished: step {done_step} of {last_step}", flush=True)
         return {"step": done_step}
+    batches = agree_on_batches(config, Comm(), ranks.device, recorded)
+    run = replace(run, batches=batches)
     engine = TrainEngine(config, ranks, run.deepspeed_json, run.batches, phases, stop)
-    state = None
+    loaded = None
     if run.resume_from is not None:
-        state = engine.load_last_good(run.run_dir)
-        done_step = state.step
+        loaded = engine.load_last_good(run.run_dir)
+        done_step = loaded.step
         if ranks.is_main:
             print(f"resuming {run.run_dir} from step {done_step}", flush=True)
-    skips = skips_of(run.skip_samples, state)
+    skips = skips_of(run.skip_samples, loaded)
     if skips.ranges and ranks.is_main:
         print(f"jumping over samples {format_ranges(skips.ranges)}", flush=True)
     return _Loop(run, ranks, engine, run.mixture, skips, done_step, last_step).run_to_end()
@@ -114,7 +119,10 @@ class _Loop:
         self.skips = skips
         self.rollbacks = 0
         self.desync = DesyncGuard(
-            engine.comm, ranks.device, engine.model, run.config.train.desync_every
+            engine.comm,
+            ranks.device,
+            lambda: replicated(engine.model),
+            run.config.train.desync_every,
         )
         self.done_step = done_step
         self.last_step = last_step
@@ -175,7 +183,9 @@ class _Loop:
     def _after_step(self, step: int, result: StepResult, writer: MetricsWriter | None) -> None:
         train = self.config.train
         last = step == self.last_step
-        bad = self.engine.guard.review(step, result, self._samples(step))
+        bad = self.engine.guard.review(
+            step, result.decision, result.loss, self._samples(step), result.suspects
+        )
         if writer is not None:
             writer.write_step(self._record(step, result, bad))
             if bad is not None:
@@ -217,7 +227,9 @@ class _Loop:
             "learning rates": digest([g["lr"] for g in engine.engine.optimizer.param_groups]),
         }
         if at_start:
-            items["configuration"] = digest((to_dict(self.config), self.run.deepspeed_json))
+            items["configuration"] = digest(
+                (to_dict(self.config), self.run.deepspeed_json, self.run.batches)
+            )
             items["code"] = code_digest()
         self.desync.compare(items, everything=at_start)
 
