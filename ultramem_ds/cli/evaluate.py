@@ -39,9 +39,10 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Load the checkpoint on one process and evaluate it."""
+    from ultramem_ds.checkpoint.directory import run_dir_of
+    from ultramem_ds.data.micro_batch import Boundaries
     from ultramem_ds.data.same_tokenizer import require_same_tokenizer
     from ultramem_ds.infer.load import load_model
-    from ultramem_ds.train.checkpoint import run_dir_of
     from ultramem_ds.train.evaluate import evaluate
 
     if arguments.batch_size < 1 or arguments.max_sequences < 0:
@@ -51,10 +52,10 @@ def run(arguments: argparse.Namespace) -> int:
     model = load_model(arguments.checkpoint)
     config = model.config
     losses = evaluate(
-        lambda tokens: model(tokens, vocab_limit=vocab_size)["loss"],
+        lambda batch: model(*batch.model_inputs, vocab_limit=vocab_size)["loss"],
         arguments.data,
-        config.model.seq_len,
-        arguments.batch_size,
+        config,
+        micro_batch_size=arguments.batch_size,
         max_sequences=arguments.max_sequences,
     )
     if not losses:
@@ -66,6 +67,7 @@ def run(arguments: argparse.Namespace) -> int:
         results = {n: {**asdict(r), "perplexity": r.perplexity} for n, r in losses.items()}
         print(json.dumps(results, indent=2))
         return 0
+    print(f"{Boundaries.of(config.data).describe()}, as in training")
     print(f"{'subset':<24}{'loss':>10}{'perplexity':>14}{'bits/byte':>12}{'tokens':>14}")
     for name, r in losses.items():
         print(

@@ -8,8 +8,7 @@ so that opening, jumping to any sample and 10^9 documents cost nothing:
    of 65,536 samples with fixed quotas per subset (weights rounded to 1/65,536, at least one).
    Within a block the k-th of a subset's q draws lies at a random place in [k/q, (k+1)/q) of the
    block, so that every prefix keeps the proportions within a few samples.
-2. Which sequence is the k-th draw of a subset? Epoch k // n, and in it a seeded permutation of
-the n
+2. Which sequence is the k-th draw of a subset? Epoch k // n, and in it a seeded permutation of the n
    sequences: every sequence exactly once per epoch.
 
 Everything is a function of (dataset, weights, S, seed): the state of a run is the number of
@@ -31,6 +30,7 @@ import numpy.typing as npt
 
 from ultramem_ds.data.indexed import IndexedDataset
 from ultramem_ds.data.manifest import Manifest, SubsetInfo, load_manifest, prefix_of
+from ultramem_ds.data.micro_batch import document_starts
 from ultramem_ds.data.permutation import Permutation, stable_hash
 from ultramem_ds.data.sources import REDPAJAMA_WEIGHTS
 from ultramem_ds.data.units import Split
@@ -175,11 +175,7 @@ class Mixture:
         """
         location = self.locate(index)
         begin = location.sequence * self.seq_len
-        dataset = self._datasets[location.subset]
-        starts = dataset.document_starts(begin, begin + self.seq_len) - begin
-        starts_S = np.zeros(self.seq_len, dtype=np.int64)
-        starts_S[starts] = starts
-        return np.maximum.accumulate(starts_S)
+        return document_starts(self._datasets[location.subset], begin, self.seq_len)
 
     def subset_of(self, index: int) -> str:
         """Name of the subset that global sample ``index`` is drawn from."""

@@ -18,7 +18,7 @@ from ultramem_ds.checkpoint.saver import Saver
 from ultramem_ds.config.deepspeed import BatchPlan, engine_config, zero_stage
 from ultramem_ds.config.load import to_dict
 from ultramem_ds.config.schema import Config
-from ultramem_ds.data.loader import MicroBatch
+from ultramem_ds.data.micro_batch import MicroBatch
 from ultramem_ds.data.skips import NO_SKIPS, SkipRanges
 from ultramem_ds.model.lm import LanguageModel
 from ultramem_ds.optim.decision import Decision
@@ -146,7 +146,7 @@ class TrainEngine:
         for index in range(self.batches.accumulation_steps):
             with self.phases("data"):
                 batch = next(micro_batches)
-                inputs = self._inputs(batch)
+                inputs = batch.to(self.ranks.device).model_inputs
             with self.phases("forward"):
                 terms = self.engine(*inputs)
             with self.phases("backward"):
@@ -194,12 +194,6 @@ class TrainEngine:
         mine = [ids for samples, loss in losses if not loss.isfinite() for ids in samples]
         found = self.comm.gather_objects(tuple(mine))
         return {rank: samples for rank, samples in enumerate(found) if samples}
-
-    def _inputs(self, batch: MicroBatch) -> tuple[Tensor | None, ...]:
-        tensors = (batch.tokens, batch.doc_starts, batch.positions)
-        return tuple(
-            t if t is None else t.to(self.ranks.device, non_blocking=True) for t in tensors
-        )
 
     def _set_learning_rates(self, step: int) -> dict[str, float]:
         """Set this step's rates on the optimizer's groups; returns them by schedule."""
