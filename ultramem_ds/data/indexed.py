@@ -74,6 +74,11 @@ def mask_path(prefix: Path) -> Path:
     return prefix.with_name(prefix.name + ".mask.bin")
 
 
+def open_mask(prefix: Path) -> npt.NDArray[np.uint8]:
+    """The mask of a pair, through a memory map."""
+    return np.memmap(mask_path(prefix), dtype=np.uint8, mode="r")
+
+
 def write_index(
     path: Path, dtype: np.dtype[Any], num_documents: int, lengths: Iterable[IntArray]
 ) -> None:
