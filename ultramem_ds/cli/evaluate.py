@@ -39,7 +39,8 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Load the checkpoint on one process and evaluate it."""
-    from ultramem_ds.checkpoint.directory import run_dir_of
+    from ultramem_ds.checkpoint.directory import find_checkpoint, read_trainer_state, run_dir_of
+    from ultramem_ds.config.load import from_dict
     from ultramem_ds.data.micro_batch import Boundaries
     from ultramem_ds.data.same_tokenizer import require_same_tokenizer
     from ultramem_ds.infer.load import load_model
@@ -50,7 +51,7 @@ def run(arguments: argparse.Namespace) -> int:
     run_dir = run_dir_of(arguments.checkpoint)
     vocab_size = require_same_tokenizer(run_dir, arguments.data).vocab_size
     model = load_model(arguments.checkpoint)
-    config = model.config
+    config = from_dict(read_trainer_state(find_checkpoint(arguments.checkpoint)).config)
     losses = evaluate(
         lambda batch: model(*batch.model_inputs, vocab_limit=vocab_size)["loss"],
         arguments.data,

@@ -28,7 +28,7 @@ class MicroBatch:
 
     def to(self, device: torch.device | str) -> MicroBatch:
         """The same on ``device``."""
-        tensors = {
+        tensors: dict[str, Any] = {
             name: value.to(device, non_blocking=True)
             for name, value in vars(self).items()
             if isinstance(value, Tensor)
@@ -94,6 +94,9 @@ class Boundaries:
             positions = torch.arange(starts.shape[1]) - starts if self.reset_positions else None
         mask = None if mask_bS is None else torch.from_numpy(mask_bS).bool()
         return MicroBatch(tokens, sample_ids, doc_starts, positions, mask)
+
+
+NO_BOUNDARIES = Boundaries()
 
 
 def document_starts(dataset: IndexedDataset, begin: int, seq_len: int) -> npt.NDArray[np.int64]:

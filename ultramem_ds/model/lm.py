@@ -29,7 +29,6 @@ from ultramem_ds.model.transformer import (
     rotary_tables,
 )
 
-
 _NO_TARGET = -100  # no token has this id
 
 
