@@ -6,7 +6,7 @@ import logging
 from collections import Counter
 from dataclasses import dataclass, field
 
-from ultramem_ds.data.sources import Unit
+from ultramem_ds.data.unit import Unit
 from ultramem_ds.data.units import UnitSummary
 
 logger = logging.getLogger(__name__)

@@ -44,9 +44,10 @@ from ultramem_ds.data.merge import (
 )
 from ultramem_ds.data.options import ReadOptions
 from ultramem_ds.data.readers import Document, read_unit
-from ultramem_ds.data.sources import HELD_OUT, Survey, Unit, survey
+from ultramem_ds.data.sources import HELD_OUT, Survey, survey
 from ultramem_ds.data.tokenizer_losses import LossCounter, changed_by_decoding
 from ultramem_ds.data.tokenizers import Tokenizer, load_tokenizer
+from ultramem_ds.data.unit import Unit
 from ultramem_ds.data.units import Group, UnitOptions, UnitSummary, part_path, read_summary
 from ultramem_ds.data.workers import run_units
 from ultramem_ds.utils.files import TEMPORARY_SUFFIX

@@ -7,20 +7,15 @@ the inputs alone, never on workers or shards, and their order fixes the order of
 
 from __future__ import annotations
 
-import hashlib
-import json
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path, PurePath
-from typing import Literal, TypeAlias
 
-from ultramem_ds.data.compression import Compression
 from ultramem_ds.data.formats import READ_SUFFIXES, Format, NotData, recognise, stem_of
 from ultramem_ds.data.options import ReadOptions
+from ultramem_ds.data.unit import Unit
 from ultramem_ds.data.walk import Skipped, printable, walk
-
-UnitKind: TypeAlias = Literal["lines", "values", "text", "parquet", "hub"]
 
 # Share of each subset in the default mixture: RedPajama-1T by tokens, without books.
 REDPAJAMA_WEIGHTS = {
@@ -50,40 +45,6 @@ _RESERVED = ("manifest", "tokenizer")
 _CUTS = 64
 _MIN_UNIT_BYTES = 4 << 20
 _MAX_UNIT_BYTES = 256 << 20
-
-
-@dataclass(frozen=True, kw_only=True)
-class Unit:
-    """One piece of work.
-
-    ``begin`` and ``end`` are bytes of a plain file of lines (the unit has the lines that start
-    there) and cover the whole file for others; for ``parquet`` and ``hub`` the unit is shard
-    ``begin`` of ``end``. ``subset`` is where records go that do not name one themselves.
-    """
-
-    kind: UnitKind
-    path: str  # file, or hub id "OWNER/NAME[:CONFIG[:SPLIT]]"
-    name: str  # of the file inside its input, for reports and for the order
-    subset: str
-    size: int  # bytes of the whole file
-    modified_ns: int
-    begin: int
-    end: int
-    compression: Compression | None = None
-    encoding: str = "utf-8"
-
-    @property
-    def key(self) -> str:
-        """Name that changes whenever the content might."""
-        text = json.dumps({**asdict(self), "name": None}, sort_keys=True)
-        return hashlib.sha256(text.encode()).hexdigest()[:32]
-
-    @property
-    def num_bytes(self) -> int:
-        """Input bytes (as stored) the unit stands for, for progress."""
-        if self.kind in ("parquet", "hub"):
-            return self.size * (self.begin + 1) // self.end - self.size * self.begin // self.end
-        return self.end - self.begin
 
 
 def canonical_subset(name: str) -> str | None:

@@ -17,8 +17,8 @@ from typing import TypeAlias
 
 from tqdm import tqdm
 
-from ultramem_ds.data.sources import Unit
 from ultramem_ds.data.tokenizers import Tokenizer
+from ultramem_ds.data.unit import Unit
 from ultramem_ds.data.units import Counts, UnitOptions, UnitSummary, tokenize_unit
 
 # A unit and the directory its parts go to.
