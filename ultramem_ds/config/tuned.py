@@ -1,6 +1,6 @@
 """The best recipe found for every kind, as presets beside the paper's own (docs/study.md).
 
-Each differs from its plain preset in what is written here and in nothing else. The losses are of one
+Each differs from its plain preset in what is written here and in nothing else. Losses are of one
 seed after 1,500 steps of 2,048 tokens of the demo's corpus; ``rates-demo`` is the sweep with seeds.
 """
 
