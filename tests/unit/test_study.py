@@ -10,10 +10,11 @@ from scipy import stats as scipy_stats
 from ultramem_ds.config.load import load_config, to_dict
 from ultramem_ds.model.accounting import count
 from ultramem_ds.study.expand import lines, trials
+from ultramem_ds.study.figures import curves_of
 from ultramem_ds.study.fits import fit_line, fit_power_law
 from ultramem_ds.study.paper import compute_points
 from ultramem_ds.study.report import write_study
-from ultramem_ds.study.results import paired_difference, standard_error
+from ultramem_ds.study.results import paired_difference, read_results, standard_error
 from ultramem_ds.study.run import is_finished
 from ultramem_ds.study.spec import load_study, shipped
 
@@ -84,9 +85,9 @@ def test_bad_studies_say_what_is_wrong(tmp_path, change, message):
         trials(load_study(write(tmp_path, STUDY.replace(*change)))[1])
 
 
-def test_unknown_study_names_the_shipped_ones():
-    with pytest.raises(ValueError, match="table-1-cpu"):
-        load_study("table-9")
+def test_unknown_study_names_the_nearest():
+    with pytest.raises(ValueError, match="did you mean 'table-1-cpu'"):
+        load_study("table-1-cp")
 
 
 @pytest.mark.parametrize("name", shipped())
@@ -188,6 +189,19 @@ def test_page_of_unfinished_and_finished_runs(tmp_path):
     values = json.loads((output / "mine.json").read_text())
     assert values["rows"][1]["difference"] == -0.195 and len(values["runs"]) == 4
     assert values["runs"][0]["validation"]["docs"][-1] == [8192, 5.0]
+
+
+def test_a_curve_is_of_one_budget(tmp_path):
+    """Another budget is another schedule: never averaged with the first."""
+    _, study = load_study(write(tmp_path))
+    dense = [trial for trial in trials(study) if trial.line.name == "dense"]
+    for trial in dense:
+        fake_run(tmp_path, trial, 5.0)
+    groups = curves_of(read_results(dense, tmp_path))
+    assert {label: len(runs) for label, runs in groups.items()} == {
+        "dense, 0.01 M": 2,
+        "dense, 0.00 M": 2,
+    }
 
 
 def test_another_run_in_the_directory_is_refused(tmp_path):

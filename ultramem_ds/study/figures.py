@@ -42,10 +42,13 @@ def _figure(path: Path, columns: int, rows: int = 1) -> Iterator[Any]:
     temporary.replace(path)
 
 
-def _by_line(results: Sequence[RunResult]) -> Groups:
+def curves_of(results: Sequence[RunResult]) -> Groups:
+    """Runs that are averaged into one curve, by its label: seeds of one line and one budget."""
+    several = len({result.tokens for result in results}) > 1
     found: Groups = {}
     for result in results:
-        found.setdefault(result.line, []).append(result)
+        label = f"{result.line}, {result.tokens / 1e6:.2f} M" if several else result.line
+        found.setdefault(label, []).append(result)
     return found
 
 
@@ -70,7 +73,7 @@ def _plot_mean(axis: Any, curves: Sequence[Curve], label: str, marker: str = "")
 def plot_curves(results: Sequence[RunResult], lines: Sequence[Line], path: Path) -> None:
     """Training and validation loss over tokens, mean over seeds with its standard error."""
     with _figure(path, columns=2) as axes:
-        for name, runs in _by_line(results).items():
+        for name, runs in curves_of(results).items():
             _plot_mean(axes[0], [run.training for run in runs], name)
             _plot_mean(axes[1], [run.validation["all"] for run in runs], name, marker="o")
         for axis, title in zip(axes, ("training loss", "validation loss")):
@@ -138,7 +141,7 @@ def plot_state(results: Sequence[RunResult], lines: Sequence[Line], path: Path) 
     names = sorted({name for run in results for name in run.state})
     columns = 3
     with _figure(path, columns, math.ceil((len(names) + 2) / columns)) as axes:
-        for label, runs in _by_line(results).items():
+        for label, runs in curves_of(results).items():
             perplexity = [[(t, math.exp(loss)) for t, loss in run.training] for run in runs]
             _plot_mean(axes[0], perplexity, label)
             _plot_mean(axes[1], [run.grad_norm for run in runs], label)
@@ -155,7 +158,7 @@ def plot_subsets(results: Sequence[RunResult], lines: Sequence[Line], path: Path
     subsets = [name for name in results[0].validation if name != "all"]
     columns = min(3, len(subsets))
     with _figure(path, columns, math.ceil(len(subsets) / columns)) as axes:
-        for label, runs in _by_line(results).items():
+        for label, runs in curves_of(results).items():
             for axis, subset in zip(axes, subsets):
                 _plot_mean(axis, [run.validation[subset] for run in runs], label, marker="o")
         for axis, subset in zip(axes, subsets):

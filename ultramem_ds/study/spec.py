@@ -6,6 +6,7 @@ docs/study.md explains the keys.
 
 from __future__ import annotations
 
+import difflib
 from dataclasses import field
 from importlib import resources
 from pathlib import Path
@@ -101,7 +102,11 @@ def load_study(name: str) -> tuple[str, Study]:
         text = (resources.files("ultramem_ds.study") / "files" / f"{name}.yaml").read_text()
         short = name
     else:
-        raise ValueError(f"{name!r} is no file and no shipped study: {', '.join(shipped())}")
+        nearest = difflib.get_close_matches(name, shipped(), n=1, cutoff=0.0)[0]
+        raise ValueError(
+            f"{name!r} is no file and no shipped study: did you mean {nearest!r}? `study --list` "
+            "names them all"
+        )
     try:
         values: Any = yaml.safe_load(text)
     except yaml.YAMLError as error:
