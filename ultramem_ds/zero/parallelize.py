@@ -18,8 +18,8 @@ from ultramem_ds.model.init import fill_block, init_parameter
 from ultramem_ds.model.lm import LanguageModel
 from ultramem_ds.optim.param_groups import build_param_groups
 from ultramem_ds.optim.row_adam import ROW_OPTIMIZERS
-from ultramem_ds.planning.experts import expert_parallel_size
-from ultramem_ds.planning.planner import resolve_partition
+from ultramem_ds.planning.experts import expert_layout
+from ultramem_ds.planning.partition import decide_partition
 from ultramem_ds.sharding.comm import Comm
 from ultramem_ds.sharding.execution import Clock, no_clock
 from ultramem_ds.sharding.groups import TableGroups, make_groups
@@ -28,7 +28,7 @@ from ultramem_ds.sharding.shard import TableShard
 from ultramem_ds.sharding.table_plan import TableSpec, shard_layout
 from ultramem_ds.zero import tables as zero3
 from ultramem_ds.zero.deepspeed_import import deepspeed
-from ultramem_ds.zero.experts import ExpertParallelMLP, canonical_name
+from ultramem_ds.zero.experts import ExpertParallelMLP, canonical_name, is_padding
 from ultramem_ds.zero.gradient_norms import GradientNorms
 from ultramem_ds.zero.nvme import NvmeState, NvmeTables
 from ultramem_ds.zero.offload import prepare_offload
@@ -85,9 +85,9 @@ def parallelize(
     first_expert = 0
     make_mlp = make_table = groups = None
     if config.model.kind == "moe":
-        ep_size = expert_parallel_size(config, ranks.world_size)
-        first_expert = (ranks.rank % ep_size) * (config.moe.num_experts // ep_size)
-        make_mlp = lambda _: ExpertParallelMLP(config, ep_size)  # noqa: E731
+        experts = expert_layout(config, ranks.world_size)
+        first_expert = experts.first_expert(ranks.rank)
+        make_mlp = lambda _: ExpertParallelMLP(config, experts, ranks.rank)  # noqa: E731
     if config.has_memory:
         groups = make_groups(
             config.memory.shard_group_size,
@@ -104,7 +104,7 @@ def parallelize(
     named = [
         (canonical_name(name, first_expert), param)
         for name, param in model.named_parameters()
-        if getattr(param, "role", None) != "table"
+        if getattr(param, "role", None) != "table" and not is_padding(param)
     ]
 
     def fill(name: str, param: nn.Parameter) -> None:
@@ -118,7 +118,7 @@ def parallelize(
     on_nvme = offload_device(engine_config) == "nvme"
     partition, tables = "", None
     if groups is not None:
-        partition = resolve_partition(config, ranks.world_size)
+        partition = decide_partition(config, Comm(), groups, ranks.device)
         tables = _install_tables(model, config, ranks, groups, partition, on_nvme)
     engine = _initialize(model, config, engine_config)
     if tables is not None:
