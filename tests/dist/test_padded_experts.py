@@ -15,7 +15,7 @@ from ultramem_ds.checkpoint.parameters import parameter_records
 from ultramem_ds.checkpoint.reader import CheckpointReader
 from ultramem_ds.planning.experts import ExpertLayout
 from ultramem_ds.testing.distributed import run_ranks
-from ultramem_ds.zero import parallelize
+from ultramem_ds.zero import experts
 from ultramem_ds.zero.experts import is_padding
 
 pytestmark = pytest.mark.dist
@@ -29,8 +29,8 @@ class Roomy(ExpertLayout):
         return super().slots_per_rank + 1
 
 
-def leg(run_dir: Path, experts: int, *overrides: str, **options: Any) -> Leg:
-    sizes = (f"moe.num_experts={experts}", "train.micro_batch_size=1", *overrides)
+def leg(run_dir: Path, num_experts: int, *overrides: str, **options: Any) -> Leg:
+    sizes = (f"moe.num_experts={num_experts}", "train.micro_batch_size=1", *overrides)
     return Leg(kind="moe", run_dir=run_dir, overrides=sizes, **{"begin": 0, "end": 4, **options})
 
 
@@ -38,7 +38,7 @@ def forced_body(rank: int, world_size: int, run: Leg) -> Any:
     """The series with the layout as it is, and with padding that nobody needs."""
     plain = run_leg(run, rank, world_size)
     group = world_size
-    parallelize.expert_layout = lambda config, ranks: Roomy(config.moe.num_experts, group)
+    experts.expert_layout = lambda config, ranks: Roomy(config.moe.num_experts, group)
     padded = run_leg(run, rank, world_size)
     engine = build_engine(run, rank, world_size)
     padding = sum(p.numel() for p in engine.model.parameters() if is_padding(p))

@@ -12,6 +12,7 @@ import contextlib
 import re
 import sys
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -20,8 +21,37 @@ from torch import Tensor, nn
 from ultramem_ds.config.schema import Config
 from ultramem_ds.model.roles import tag
 from ultramem_ds.model.transformer import FeedForward, MLPOutput
-from ultramem_ds.planning.experts import ExpertLayout
+from ultramem_ds.planning.experts import ExpertLayout, expert_layout
 from ultramem_ds.zero.deepspeed_import import deepspeed
+
+
+@dataclass(frozen=True)
+class ExpertShare:
+    """The experts of one rank.
+
+    Attributes:
+        layout: how they are spread; None for kinds without any.
+        first: global index of this rank's first expert.
+    """
+
+    layout: ExpertLayout | None
+    first: int
+
+    @classmethod
+    def of(cls, config: Config, rank: int, world_size: int) -> ExpertShare:
+        """The share of ``rank``.
+
+        Raises:
+            ValueError: the experts cannot be spread over the ranks as asked for.
+        """
+        if config.model.kind != "moe":
+            return cls(None, 0)
+        layout = expert_layout(config, world_size)
+        return cls(layout, layout.first_expert(rank))
+
+    def canonical_name(self, name: str) -> str:
+        """The name that a parameter has in the one-process model, see :func:`canonical_name`."""
+        return canonical_name(name, self.first)
 
 
 class ExpertParallelMLP(nn.Module):
@@ -32,13 +62,13 @@ class ExpertParallelMLP(nn.Module):
 
     Args:
         config: of the experts and their gate.
-        layout: how they are spread over the ranks.
-        rank: this process.
+        share: this rank's experts, of kind moe.
     """
 
-    def __init__(self, config: Config, layout: ExpertLayout, rank: int) -> None:
+    def __init__(self, config: Config, share: ExpertShare) -> None:
         super().__init__()
-        moe = config.moe
+        moe, layout = config.moe, share.layout
+        assert layout is not None
         self.num_experts = moe.num_experts
         gate: dict[str, Any] = dict(
             k=moe.top_k,
@@ -62,12 +92,12 @@ class ExpertParallelMLP(nn.Module):
             layer.gate = PaddedGate(config.model.hidden_size, layout, **gate)
         tag(layer.gate.wg.weight, role="matrix", init="matrix")
         experts = layer.experts.deepspeed_experts
-        for slot, expert in enumerate(experts, layout.first_expert(rank)):
+        for slot, expert in enumerate(experts):
             # DeepSpeed's deep copies of the expert lose the tags of its parameters.
             tag(expert.up_proj.weight, role="matrix", init="matrix")
             tag(expert.down_proj.weight, role="matrix", init="residual")
-            if slot >= moe.num_experts:
-                experts[slot - layout.first_expert(rank)] = PaddingExpert(expert)
+            if share.first + slot >= moe.num_experts:
+                experts[slot] = PaddingExpert(expert)
 
     def forward(self, x_BSD: Tensor) -> MLPOutput:
         """Route, exchange tokens with the experts' ranks, and combine."""
