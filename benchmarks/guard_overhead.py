@@ -30,9 +30,9 @@ from ultramem_ds.telemetry.phases import Phases
 from ultramem_ds.train import engine as engine_module
 from ultramem_ds.train.engine import TrainEngine
 from ultramem_ds.watch.desync import DesyncGuard, digest
-from ultramem_ds.zero.replicated import replicated
 from ultramem_ds.watch.roster import Roster
 from ultramem_ds.watch.watchdog import Watchdog
+from ultramem_ds.zero.replicated import replicated
 from ultramem_ds.zero.runtime import Ranks, runtime
 
 ROUND = 50

@@ -78,7 +78,8 @@ def copies_body(rank: int, world_size: int, run: Leg) -> list[dict[str, int]]:
     """Checksums of the tables after steps, a forward of its own, a refused step, and steps."""
     engine = build_engine(run, rank, world_size)
     batches = micro_batches(run.config, engine.ranks, 0)
-    judge = engine.gate._judge
+    gate = engine.gate.judge
+    judge = gate.judge
     found = []
     for step in range(6):
         if step == 2:
@@ -86,7 +87,7 @@ def copies_body(rank: int, world_size: int, run: Leg) -> list[dict[str, int]]:
             with torch.no_grad():
                 engine.model(torch.randint(run.config.model.vocab_size, (1, 17)))
         refuse = step == 3
-        engine.gate._judge = (lambda norm: Decision(norm, False, 0.0)) if refuse else judge
+        gate.judge = (lambda norm: Decision(norm, False, 0.0)) if refuse else judge
         assert engine.train_step(batches, step).decision.apply != refuse
         blocks = replicated_blocks(engine.model, engine.tables)
         found.append({name: checksum(block) for name, block in blocks.items()})

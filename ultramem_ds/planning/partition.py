@@ -14,9 +14,7 @@ from ultramem_ds.sharding.comm import Comm
 from ultramem_ds.sharding.groups import TableGroups
 
 
-def decide_partition(
-    config: Config, world: Comm, groups: TableGroups, device: torch.device
-) -> str:
+def decide_partition(config: Config, world: Comm, groups: TableGroups, device: torch.device) -> str:
     """``memory.partition`` of a run, auto resolved by this machine's rates; a collective.
 
     Nothing is measured where there is nothing to choose. Rank 0 decides for all, and says on
