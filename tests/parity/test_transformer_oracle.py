@@ -21,10 +21,14 @@ from ultramem_ds.model.transformer import AttentionContext, _rotate, rotary_tabl
 
 # S tokens, D hidden, A heads, K head width, W vocabulary.
 Array = NDArray[np.float64]
-SIZES = (
-    "model.hidden_size=24 model.inner_size=40 model.num_layers=2 model.num_heads=3 "
-    "model.vocab_size=31 model.seq_len=19"
-).split()
+SIZES = [
+    "model.hidden_size=24",
+    "model.inner_size=40",
+    "model.num_layers=2",
+    "model.num_heads=3",
+    "model.vocab_size=31",
+    "model.seq_len=19",
+]
 # Angles are fp32 in the model: position 18 times 2^-24 is 1e-6, and two blocks carry it on.
 TOLERANCE = dict(rtol=2e-5, atol=2e-6)
 

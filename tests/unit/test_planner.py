@@ -143,9 +143,7 @@ def test_experts_lie_on_as_few_ranks_as_leave_each_the_fewest():
     assert layout(33, 64) == (64, 1, 31)
     assert layout(16, 3) == (3, 6, 2)
     assert layout(34, 64, 2) == (2, 17, 0)
-    with pytest.raises(
-        ValueError, match=r"expert_parallel_size=3 does not divide the 8 ranks"
-    ):
+    with pytest.raises(ValueError, match=r"expert_parallel_size=3 does not divide the 8 ranks"):
         layout(33, 8, 3)
 
 
