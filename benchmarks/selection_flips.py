@@ -29,6 +29,7 @@ from ultramem_ds.telemetry.report import markdown_table
 from ultramem_ds.testing.distributed import run_ranks
 from ultramem_ds.testing.selections import SelectionLog, Slots, round_before_ranking
 from ultramem_ds.train.engine import TrainEngine
+from ultramem_ds.zero.deepspeed_import import deepspeed
 from ultramem_ds.zero.runtime import Ranks
 
 LAST = 10  # steps that a training loss is averaged over
@@ -38,6 +39,7 @@ def run_body(
     rank: int, world_size: int, args: argparse.Namespace, steps: int, bits: int, imposed: Any
 ) -> Any:
     """Losses, selected slots of the rank's samples, and per step the flips and the widest tie."""
+    deepspeed.init_distributed("gloo", verbose=False)
     config = load_config(args.preset, args.overrides)
     micro = config.train.global_batch_size // args.ranks
     batches = BatchPlan(config.train.global_batch_size, micro, args.ranks // world_size)
