@@ -48,7 +48,7 @@ def series(job: dict[str, Any], data: Path, ranks: Ranks) -> list[list[float]]:
     found = []
     for step in range(job["steps"]):
         result = engine.train_step(micro_batches, step)
-        tables = engine.telemetry._norms.read().get("grad_norm_tables", 0.0)
+        tables = engine.telemetry.read(1.0).get("grad_norm_tables", 0.0)
         found.append([result.loss, result.grad_norm, tables])
     loader.close()
     return found

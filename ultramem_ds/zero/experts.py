@@ -158,6 +158,7 @@ def is_padding(param: Tensor) -> bool:
     return getattr(param, "is_padding", False)
 
 
+# As DeepSpeed's _get_expert_ckpt_name makes them.
 _FILE = re.compile(r"layer_\d+_expert_(\d+)_mp_rank_")
 
 
