@@ -1,4 +1,4 @@
-"""The rates that decide ``memory.partition=auto``: where they come from, and that all ranks agree."""
+"""The rates that decide ``memory.partition=auto``: where they are from, and that ranks agree."""
 
 from __future__ import annotations
 

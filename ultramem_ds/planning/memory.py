@@ -5,7 +5,9 @@ Letters: N rows of a table, V value width, P ranks that share one copy of the ta
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
 
 from ultramem_ds.config.deepspeed import BatchPlan
 from ultramem_ds.config.schema import Config
@@ -15,36 +17,52 @@ from ultramem_ds.planning.costs import distinct_rows
 from ultramem_ds.planning.experts import expert_layout
 from ultramem_ds.sharding.table_plan import padded_rows
 
-OPTIMIZER_BYTES = 12  # fp32 master weight and Adam's two moments, per parameter
 GRADIENT_BYTES = 4  # gradients are accumulated in fp32
+MOMENT_BYTES = 8  # Adam's two, fp32
+MASTER_BYTES = 4  # fp32 weights beside those that compute
+# ZeRO-3 keeps a gathered parameter that is used again before so many others: DeepSpeed's default.
+REUSE_DISTANCE = 1_000_000_000
+PROCESS_BYTES = 270_000_000  # Python, PyTorch and DeepSpeed, resident; benchmarks/paper_size.py
 
 
 @dataclass(frozen=True, kw_only=True)
 class MemoryPlan:
-    """Bytes on one rank."""
+    """Bytes on one rank at the fullest moment of a step."""
 
-    weights: int
+    weights: int  # with what ZeRO-3 keeps gathered
     gradients: int
     optimizer: int
     activations: int  # of one micro-batch, the lookups' buffers under the chosen scheme included
+    buffers: int  # DeepSpeed's reduction buckets, and the copy of gradients that its step makes
+    process: int  # the program itself, on CPUs
 
     @property
     def total(self) -> int:
         """Everything that is counted."""
-        return self.weights + self.gradients + self.optimizer + self.activations
+        return sum(asdict(self).values())
+
+    def parts(self) -> dict[str, int]:
+        """Every field by name, ``total`` last."""
+        return {**asdict(self), "total": self.total}
 
 
 @dataclass(frozen=True)
 class _Held:
     """Bytes of one kind of parameters."""
 
-    weights: int
-    gradients: int
-    optimizer: int
+    weights: int = 0
+    gradients: int = 0
+    optimizer: int = 0
+    buffers: int = 0
 
 
 def memory_plan(
-    config: Config, world_size: int, ranks: int, stage: int, batches: BatchPlan, lookups: int
+    config: Config,
+    world_size: int,
+    ranks: int,
+    zero: Mapping[str, Any],
+    batches: BatchPlan,
+    lookups: int,
 ) -> MemoryPlan:
     """Bytes on one rank: tables by shard, experts by group, the rest by ZeRO stage.
 
@@ -52,37 +70,47 @@ def memory_plan(
         config: what is trained.
         world_size: all ranks.
         ranks: P.
-        stage: the ZeRO stage.
+        zero: ``zero_optimization`` of the DeepSpeed configuration.
         batches: how a step is cut up.
         lookups: bytes that the lookups of one micro-batch keep for their backward.
     """
-    sparse = _Held(0, 0, 0)
+    sparse = _Held()
     if config.has_memory:
         sparse = _tables(config, ranks, batches)
     elif config.model.kind == "moe":
         sparse = _experts(config, world_size)
-    dense = _dense(config, world_size, stage)
+    dense = _dense(config, world_size, zero)
     per_sequence = activation_bytes_per_sequence(config)
     return MemoryPlan(
         weights=dense.weights + sparse.weights,
         gradients=dense.gradients + sparse.gradients,
         optimizer=dense.optimizer + sparse.optimizer,
         activations=batches.micro_batch_size * per_sequence + lookups,
+        buffers=dense.buffers + sparse.buffers,
+        process=PROCESS_BYTES,
     )
 
 
-def _dense(config: Config, world_size: int, stage: int) -> _Held:
-    size = count(config)
+def _dense(config: Config, world_size: int, zero: Mapping[str, Any]) -> _Held:
+    """Attention, MLPs, norms, embedding and head."""
+    size, width, stage = count(config), value_bytes(config), zero.get("stage", 0)
     embedding = 2 * config.model.vocab_size * config.model.hidden_size
     dense = size.dense_params + size.norm_params + embedding
-    largest_gather = max(embedding // 2, dense // max(1, config.model.num_layers))
-    weights = dense // world_size + largest_gather if stage == 3 else dense
-    gradients = dense // world_size if stage >= 2 else dense
-    return _Held(
-        value_bytes(config) * weights,
-        GRADIENT_BYTES * gradients,
-        OPTIMIZER_BYTES * (dense // world_size),
-    )
+    mine = dense // world_size
+    bucket = min(dense, int(zero.get("reduce_bucket_size", 5e8))) * width
+    master = MASTER_BYTES if stage != 3 or width == 2 else 0  # in fp32 ZeRO-3 has no other copy
+    optimizer = (MOMENT_BYTES + master) * mine
+    if stage == 3:
+        gathered = min(dense, REUSE_DISTANCE)
+        gradients = GRADIENT_BYTES * mine
+        return _Held(width * (mine + gathered), gradients, optimizer, bucket + gradients)
+    if stage == 2:
+        bucket *= 2 if zero.get("overlap_comm") else 1
+        gradients = GRADIENT_BYTES * mine
+        return _Held(width * dense, gradients, optimizer, bucket + gradients)
+    # bf16: a backward's own gradients beside the sums. fp32: the step's copy of this rank's.
+    extra = width * dense if width == 2 else GRADIENT_BYTES * mine
+    return _Held(width * dense, GRADIENT_BYTES * dense, optimizer, extra)
 
 
 def _experts(config: Config, world_size: int) -> _Held:
@@ -91,21 +119,27 @@ def _experts(config: Config, world_size: int) -> _Held:
     per_expert = count(config).sparse_params // config.moe.num_experts
     here = per_expert * layout.slots_per_rank
     # Experts are data-parallel over the groups that hold the same ones.
-    copies = world_size // layout.group_size
+    mine = here // (world_size // layout.group_size)
     return _Held(
-        value_bytes(config) * here, GRADIENT_BYTES * here, OPTIMIZER_BYTES * here // copies
+        value_bytes(config) * here,
+        GRADIENT_BYTES * mine,
+        (MASTER_BYTES + MOMENT_BYTES) * mine,
+        GRADIENT_BYTES * mine,
     )
 
 
 def _tables(config: Config, ranks: int, batches: BatchPlan) -> _Held:
-    memory = config.memory
-    rows = padded_rows(memory.num_rows, ranks)
-    here = len(memory.spans) * rows * memory.value_dim // ranks
-    if memory.table_optimizer == "dense":
-        gradients = 2 * GRADIENT_BYTES * here  # where lookups add, and ZeRO's own
-    else:
-        gradients = len(memory.spans) * _row_gradients(config, ranks, batches)
-    return _Held(value_bytes(config) * here, gradients, OPTIMIZER_BYTES * here)
+    memory, width = config.memory, value_bytes(config)
+    num_tables = len(memory.spans)
+    here = num_tables * padded_rows(memory.num_rows, ranks) * memory.value_dim // ranks
+    master = MASTER_BYTES if width == 2 else 0
+    optimizer = (MOMENT_BYTES + master) * here
+    if memory.table_optimizer != "dense":
+        gradients = num_tables * _row_gradients(config, ranks, batches)
+        return _Held(width * here, gradients, optimizer)
+    # Where lookups add, and ZeRO's own; its step lays those of several tables side by side.
+    gradients = 2 * GRADIENT_BYTES * here
+    return _Held(width * here, gradients, optimizer, GRADIENT_BYTES * here * (num_tables > 1))
 
 
 def _row_gradients(config: Config, ranks: int, batches: BatchPlan) -> int:

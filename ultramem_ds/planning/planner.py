@@ -7,10 +7,11 @@ of the tables.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from ultramem_ds.config.deepspeed import default_file, load_deepspeed_json, zero_stage
+from ultramem_ds.config.deepspeed import load_deepspeed_json
 from ultramem_ds.config.schema import Config
 from ultramem_ds.planning.batches import plan_batches
 from ultramem_ds.planning.costs import LookupCost, lookup_cost, stock_zero3_bytes
@@ -76,7 +77,7 @@ class Plan:
     def to_json(self) -> dict[str, Any]:
         """Plain values, ``memory.total`` included."""
         values = asdict(self)
-        values["memory"]["total"] = self.memory.total
+        values["memory"] = self.memory.parts()
         return values
 
 
@@ -108,11 +109,13 @@ def possible_schemes(config: Config, ranks: int) -> list[str]:
     return possible if ranks > 1 else possible[:1]
 
 
-def make_plan(config: Config, world_size: int, stage: int | None = None) -> Plan:
+def make_plan(
+    config: Config, world_size: int, deepspeed_json: Mapping[str, Any] | None = None
+) -> Plan:
     """Predicts memory, bytes and time of ``config`` on ``world_size`` ranks.
 
     ``train.micro_batch_size=auto`` counts as 1: what fits is a property of the other machine.
-    ``stage`` is the ZeRO stage, by default that of the preset's own DeepSpeed configuration.
+    ``deepspeed_json`` is by default the preset's own.
 
     Raises:
         ValueError: batch, experts, sub-groups or scheme do not fit the ranks.
@@ -120,8 +123,9 @@ def make_plan(config: Config, world_size: int, stage: int | None = None) -> Plan
     if config.train.micro_batch_size == "auto":
         config = replace(config, train=replace(config.train, micro_batch_size=1))
     batches = plan_batches(config, world_size)
-    if stage is None:
-        stage = zero_stage(load_deepspeed_json(default_file(config.model.kind), config.model.kind))
+    if deepspeed_json is None:
+        deepspeed_json = load_deepspeed_json(None, config.model.kind)
+    zero = deepspeed_json.get("zero_optimization", {})
     ranks, partition, rates, stock, replica_bytes = 1, "", "", 0.0, 0.0
     schemes: tuple[SchemePlan, ...] = ()
     if config.has_memory:
@@ -142,8 +146,8 @@ def make_plan(config: Config, world_size: int, stage: int | None = None) -> Plan
         shard_group_size=ranks,
         micro_batch_size=batches.micro_batch_size,
         accumulation_steps=batches.accumulation_steps,
-        zero_stage=stage,
-        memory=memory_plan(config, world_size, ranks, stage, batches, lookups),
+        zero_stage=zero.get("stage", 0),
+        memory=memory_plan(config, world_size, ranks, zero, batches, lookups),
         partition=partition,
         rates=rates,
         padding_experts=expert_layout(config, world_size).padding if is_moe else 0,

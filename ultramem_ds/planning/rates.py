@@ -117,7 +117,8 @@ def run_rates(
     path = cache_dir() / "rates.json"
     known = world.from_first(_read_cache(path).get(kind))
     if known is not None:
-        found = Rates(*known, f"measured by an earlier start, kept in {path}")
+        wire, rows = known
+        found = Rates(wire, rows, f"measured by an earlier start, kept in {path}")
     else:
         wire, rows = measure_rates(world, shard, device, row_bytes)
         found = Rates(wire, rows, f"measured now, kept in {path}")

@@ -104,7 +104,7 @@ class ExpertParallelMLP(nn.Module):
         return MLPOutput(*self.moe(x_BSD))
 
 
-class PaddedGate(deepspeed.moe.sharded_moe.TopKGate):  # type: ignore[misc]
+class PaddedGate(deepspeed.moe.sharded_moe.TopKGate):
     """DeepSpeed's gate over the experts that there are, dispatching to as many slots as there are.
 
     Probabilities, choices, capacity and balance loss are those without padding, to the last bit.
