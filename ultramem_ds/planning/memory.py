@@ -76,7 +76,7 @@ def memory_plan(
     """
     sparse = _Held()
     if config.has_memory:
-        sparse = _tables(config, ranks, batches)
+        sparse = _tables(config, ranks, zero, batches)
     elif config.model.kind == "moe":
         sparse = _experts(config, world_size)
     dense = _dense(config, world_size, zero)
@@ -102,8 +102,13 @@ def _dense(config: Config, world_size: int, zero: Mapping[str, Any]) -> _Held:
     optimizer = (MOMENT_BYTES + master) * mine
     if stage == 3:
         gathered = min(dense, REUSE_DISTANCE)
-        gradients = GRADIENT_BYTES * mine
-        return _Held(width * (mine + gathered), gradients, optimizer, bucket + gradients)
+        copied = min(mine, _sub_group_size(zero) + embedding // 2 // world_size)
+        return _Held(
+            width * (mine + gathered),
+            GRADIENT_BYTES * mine,
+            optimizer,
+            bucket + GRADIENT_BYTES * copied,
+        )
     if stage == 2:
         bucket *= 2 if zero.get("overlap_comm") else 1
         gradients = GRADIENT_BYTES * mine
@@ -128,18 +133,26 @@ def _experts(config: Config, world_size: int) -> _Held:
     )
 
 
-def _tables(config: Config, ranks: int, batches: BatchPlan) -> _Held:
+def _sub_group_size(zero: Mapping[str, Any]) -> int:
+    """Elements of this rank after which ZeRO-3's step begins another flat buffer."""
+    return int(zero.get("sub_group_size", 1e9))
+
+
+def _tables(config: Config, ranks: int, zero: Mapping[str, Any], batches: BatchPlan) -> _Held:
     memory, width = config.memory, value_bytes(config)
     num_tables = len(memory.spans)
-    here = num_tables * padded_rows(memory.num_rows, ranks) * memory.value_dim // ranks
+    table = padded_rows(memory.num_rows, ranks) * memory.value_dim // ranks
+    here = num_tables * table
     master = MASTER_BYTES if width == 2 else 0
     optimizer = (MOMENT_BYTES + master) * here
     if memory.table_optimizer != "dense":
         gradients = num_tables * _row_gradients(config, ranks, batches)
         return _Held(width * here, gradients, optimizer)
-    # Where lookups add, and ZeRO's own; its step lays those of several tables side by side.
+    # Where lookups add, and ZeRO's own; its step lays those of a sub-group side by side.
     gradients = 2 * GRADIENT_BYTES * here
-    return _Held(width * here, gradients, optimizer, GRADIENT_BYTES * here * (num_tables > 1))
+    side_by_side = min(num_tables, -(-_sub_group_size(zero) // table))
+    copied = side_by_side * table if side_by_side > 1 else 0
+    return _Held(width * here, gradients, optimizer, GRADIENT_BYTES * copied)
 
 
 def _row_gradients(config: Config, ranks: int, batches: BatchPlan) -> int:
