@@ -69,14 +69,14 @@ def test_sub_groups_trade_memory_for_bytes():
         make_plan(load_config("ultramem-debug", ["memory.shard_group_size=3"]), 4)
 
 
-def test_table_gradients_are_held_twice_or_by_row():
-    """fp32, where lookups add and in ZeRO's own buffer; a row-sparse optimizer's touched rows."""
+def test_table_gradients_are_held_whole_or_by_row():
+    """fp32, of every row in ZeRO's own buffer; of a row-sparse optimizer's touched rows."""
     dense = ["memory.table_optimizer=dense", "memory.knum=3000"]
     sparse = ["memory.table_optimizer=row-sparse", *dense[1:]]
     memory = load_config("ultramem-debug", dense).memory
     row = len(memory.spans) * memory.value_dim // 2  # one row of each table, over two ranks
     nothing = make_plan(load_config("ultramem-debug", dense), 2).memory.gradients
-    nothing -= 8 * row * memory.num_rows
+    nothing -= 4 * row * memory.num_rows
     assert nothing > 0
 
     def of_rows(sequences):

@@ -148,8 +148,10 @@ def _tables(config: Config, ranks: int, zero: Mapping[str, Any], batches: BatchP
     if memory.table_optimizer != "dense":
         gradients = num_tables * _row_gradients(config, ranks, batches)
         return _Held(width * here, gradients, optimizer)
-    # Where lookups add, and ZeRO's own; its step lays those of a sub-group side by side.
-    gradients = 2 * GRADIENT_BYTES * here
+    # Lookups add where ZeRO keeps them; under offload that is elsewhere. Its step lays those of a
+    # sub-group side by side.
+    offloaded = zero.get("offload_optimizer", {}).get("device", "none") != "none"
+    gradients = GRADIENT_BYTES * here * (2 if offloaded else 1)
     side_by_side = min(num_tables, -(-_sub_group_size(zero) // table))
     copied = side_by_side * table if side_by_side > 1 else 0
     return _Held(width * here, gradients, optimizer, GRADIENT_BYTES * copied)

@@ -15,6 +15,9 @@ from ultramem_ds.optim.param_groups import build_param_groups
 from ultramem_ds.zero.deepspeed_import import deepspeed
 from ultramem_ds.zero.tables import Zero3Tables
 
+# It is torch's own, which DeepSpeed knows.
+deepspeed.runtime.zero.utils.ZERO_SUPPORTED_OPTIMIZERS.append(AdamW)
+
 
 def start_engine(
     model: LanguageModel,

@@ -71,6 +71,8 @@ PINNED = (
     ),
     Pinned(_PARTITION, "ds_zero_partition_world_size", "ranks of a table's group", _SERIES),
     Pinned(_PARTITION, "ds_zero_partition_rank", "which slice is this rank's", _MOVED),
+    Pinned(_STAGE3, "_get_fp32_grad_state_partition", "where a table's gradient gathers", _SERIES),
+    Pinned(_STAGE3, "grad_partitions_flat_buffer", "is given huge pages", _SERIES),
     Pinned(_STAGE3, "persistent_parameters", "tables are taken out", _SHARD),
     Pinned(_STAGE3, "fp16_groups", "parameters of each flat buffer", _MOVED),
     Pinned(_STAGE3, "fp32_partitioned_groups_flat", "masters by flat buffer", _MOVED),
@@ -99,6 +101,12 @@ PINNED = (
     Pinned(_PARTITIONED_SWAPPER, "swap_out_gradients", "replaced: gradients stay in memory", _NVME),
     Pinned(_SWAPPER, "swap_params_info", "what refers to a gradient", _NVME),
     Pinned(_SWAPPER, "unswapped_gradients", "refers to a gradient in memory", _NVME),
+    Pinned(
+        "runtime.zero.utils",
+        "ZERO_SUPPORTED_OPTIMIZERS",
+        "the optimizer of optim/adamw.py is torch's own",
+        "unit/test_adamw.py::test_steps_state_and_hooks_are_torch_s",
+    ),
     Pinned(
         "moe.sharded_moe",
         "TopKGate",
