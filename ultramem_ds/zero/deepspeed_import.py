@@ -4,7 +4,7 @@
 - Its shared-memory all-reduce is switched off: only tensor-parallel inference uses it, but every
   start would build it (half a minute the first time, and a stale build lock blocks later starts)
   and leave 66 MB in ``/dev/shm`` per rank.
-- Its Triton kernels, which every engine imports and only GPUs run, find no Triton on machines without:
+- Its Triton kernels, imported by every engine and run on GPUs alone, find no Triton elsewhere:
   that is 66 MB less in every process.
 - Its Muon optimizer, which nothing here offers, stays uncompiled: every engine imports it, which
   would load torch's compiler at every start (1.6 s).
