@@ -26,7 +26,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from ultramem_ds.config.deepspeed import BatchPlan, load_deepspeed_json
 from ultramem_ds.config.load import load_config
 from ultramem_ds.config.schema import Config
-from ultramem_ds.data.loader import MicroBatch
+from ultramem_ds.data.micro_batch import MicroBatch
 from ultramem_ds.planning.planner import make_plan
 from ultramem_ds.telemetry.memory_use import memory_bytes, peak_memory_bytes
 from ultramem_ds.telemetry.phases import Phases

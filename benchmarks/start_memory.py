@@ -46,7 +46,7 @@ def main() -> None:
     note("PyTorch")
     from ultramem_ds.config.deepspeed import load_deepspeed_json
     from ultramem_ds.config.load import load_config
-    from ultramem_ds.data.loader import MicroBatch
+    from ultramem_ds.data.micro_batch import MicroBatch
     from ultramem_ds.planning.batches import plan_batches
     from ultramem_ds.planning.planner import make_plan
     from ultramem_ds.telemetry.phases import Phases

@@ -1,4 +1,4 @@
-"""A stored slot permutation is part of the model: it moves with a checkpoint, to the last integer."""
+"""A stored slot permutation moves with a checkpoint, to the last integer."""
 
 from __future__ import annotations
 

@@ -17,7 +17,7 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
-from ultramem_ds.data.loader import MicroBatch
+from ultramem_ds.data.micro_batch import MicroBatch
 from ultramem_ds.model.lm import LanguageModel
 from ultramem_ds.model.memory.forms import ScoreForm
 from ultramem_ds.model.memory.retrieval import Retrieval, Select
