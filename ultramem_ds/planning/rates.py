@@ -46,7 +46,7 @@ class Rates:
 
     def __str__(self) -> str:
         return (
-            f"{self.wire_gb_per_s:.3g} GB/s sent per rank, {self.memory_gb_per_s:.3g} GB/s of rows "
+            f"{self.wire_gb_per_s:.4g} GB/s sent per rank, {self.memory_gb_per_s:.4g} GB/s of rows "
             f"read ({self.source})"
         )
 
