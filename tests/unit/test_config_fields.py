@@ -58,6 +58,7 @@ ELSEWHERE = {
     "stats_every",
     "wire_gb_per_s",
     "memory_gb_per_s",
+    "rates_file",
 }
 
 OPTIM = {

@@ -76,7 +76,7 @@ class MoEConfig:
     num_experts: int = 32
     top_k: int = 2  # experts per token
     balance_loss_weight: float = 0.01  # weight of the load-balance loss (Fedus et al., 2022)
-    expert_parallel_size: int = 0  # ranks that share one set of experts; 0 = all ranks
+    expert_parallel_size: int = 0  # ranks that share one set of experts; 0 = fewest on a rank
     drop_tokens: bool = False  # drop tokens over capacity (DeepSpeed's own default is true)
     capacity_factor: float = 1.0  # only with drop_tokens
     use_rts: bool = False  # random token selection, only with drop_tokens

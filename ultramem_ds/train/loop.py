@@ -34,7 +34,7 @@ from ultramem_ds.watch.roster import Roster
 from ultramem_ds.watch.runlock import only_job
 from ultramem_ds.watch.signals import StopRequest
 from ultramem_ds.watch.watchdog import Watchdog
-from ultramem_ds.zero.replicated import replicated
+from ultramem_ds.zero.replicated import replicated, replicated_blocks
 from ultramem_ds.zero.runtime import Ranks, runtime
 
 
@@ -124,6 +124,8 @@ class _Loop:
             ranks.device,
             lambda: replicated(engine.model),
             run.config.train.desync_every,
+            lambda: replicated_blocks(engine.model, engine.tables),
+            engine.table_place,
         )
         self.done_step = done_step
         self.last_step = last_step
