@@ -1,30 +1,48 @@
-"""A training checkpoint of any world size and partition scheme as a model on one process.
+"""A training checkpoint of any world size and partition scheme as a model for inference.
 
-Weights are copied block by block from the ranks' files, which are mapped and not read as a whole.
+On one process it is the whole model; over the ranks of a group every rank holds its blocks of the
+value tables and its experts, and all of the rest. Weights are copied block by block from the old
+ranks' files, which are mapped and not read as a whole, into parameters of the wanted dtype.
 """
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import torch
+from torch import nn
 
 from ultramem_ds.checkpoint.directory import find_checkpoint, read_trainer_state
 from ultramem_ds.checkpoint.reader import CheckpointReader
 from ultramem_ds.checkpoint.state import MASTER
 from ultramem_ds.config.load import from_dict
+from ultramem_ds.config.schema import Config
 from ultramem_ds.model.lm import LanguageModel
+from ultramem_ds.planning.planner import resolve_partition
+from ultramem_ds.sharding.blocks import Block
+from ultramem_ds.sharding.comm import Comm
+from ultramem_ds.sharding.experts import ShardedExperts
+from ultramem_ds.sharding.groups import TableGroups, make_groups
+from ultramem_ds.sharding.lookup import build_lookup
+from ultramem_ds.sharding.shard import TableShard
+from ultramem_ds.sharding.table_plan import TableSpec, shard_layout
+
+# Name -> the rows and columns of that parameter which this process holds; absent = all.
+Held = dict[str, Block]
 
 
 def load_model(
     path: Path, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
 ) -> LanguageModel:
-    """Load a run's latest checkpoint, or one checkpoint, for inference.
+    """Load a run's latest checkpoint, or one checkpoint, for inference on one process.
 
     Args:
         path: a run directory or a checkpoint directory.
         device: where the model goes.
-        dtype: of its weights; the checkpoint's are fp32 masters.
+        dtype: of its weights; the checkpoint's are fp32 masters. Nothing is allocated in another.
 
     Returns:
         The model in evaluation mode.
@@ -33,26 +51,90 @@ def load_model(
         ValueError: if the checkpoint is incomplete, damaged or does not fit its own configuration.
     """
     checkpoint = find_checkpoint(path)
+    with _naming_others(checkpoint):
+        with torch.device("meta"):
+            model = LanguageModel(_config_of(checkpoint))
+        model.to(dtype).to_empty(device=device)
+        _fill(model, {}, checkpoint)
+    return model.eval()
+
+
+def load_sharded_model(
+    path: Path, comm: Comm, device: torch.device, dtype: torch.dtype = torch.float32
+) -> LanguageModel:
+    """Load a checkpoint over the ranks of ``comm``, all together; see :func:`load_model`.
+
+    Tables are sharded as ``memory.partition`` and ``memory.shard_group_size`` say for this number
+    of ranks, experts evenly; every forward is a sequence of collectives from then on.
+
+    Raises:
+        ValueError: on every rank; see :func:`load_model`, or tables cannot be cut so.
+    """
+    with comm.raising_together(ValueError):
+        checkpoint = find_checkpoint(path)
+        with _naming_others(checkpoint):
+            config = _config_of(checkpoint)
+        partition = resolve_partition(config, comm.world_size) if config.has_memory else ""
+    make_mlp = None
+    if config.model.kind == "moe":
+        make_mlp = lambda _: ShardedExperts(config.model, config.moe, comm)  # noqa: E731
+    held: Held = {}
+    with torch.device("meta"):
+        model = LanguageModel(config, make_mlp)
+    if config.has_memory:
+        groups = make_groups(
+            config.memory.shard_group_size,
+            asynchronous=config.memory.async_lookup,
+            device=device,
+            group=comm.group,
+        )
+        held = _cut_tables(model, config, groups, partition)
+    model.to(dtype).to_empty(device=device)
+    with comm.raising_together(ValueError), _naming_others(checkpoint):
+        _fill(model, held, checkpoint)
+    return model.eval()
+
+
+def _config_of(checkpoint: Path) -> Config:
+    return from_dict(read_trainer_state(checkpoint).config)
+
+
+@contextlib.contextmanager
+def _naming_others(checkpoint: Path) -> Iterator[None]:
+    """Say where other checkpoints are if this one cannot be used."""
     try:
-        return _load(checkpoint, device, dtype)
+        yield
     except ValueError as error:
         raise ValueError(f"{error}; give --checkpoint another of {checkpoint.parent}") from None
 
 
-def _load(checkpoint: Path, device: torch.device | str, dtype: torch.dtype) -> LanguageModel:
-    with torch.device("meta"):
-        model = LanguageModel(from_dict(read_trainer_state(checkpoint).config))
-    model.to_empty(device=device).to(dtype)
+def _cut_tables(model: LanguageModel, config: Config, groups: TableGroups, partition: str) -> Held:
+    """Leave this rank's block of every value table, and hand its layer the sharded lookup."""
+    held: Held = {}
+    names = {id(table): name for name, table in model.named_modules()}
+    for index, memory in enumerate(model.memory_layers):
+        spec = TableSpec.from_config(config.memory, index)
+        layout = shard_layout(spec, partition, groups.shard.world_size, groups.shard.rank)
+        table = memory.values
+        table.weight = nn.Parameter(table.weight.new_empty(layout.shape), requires_grad=False)
+        shard = TableShard(spec, layout, partial(getattr, table, "weight"), groups.replicas)
+        memory.lookup = build_lookup(shard, partition, groups, config.memory)
+        held[f"{names[id(table)]}.weight"] = layout.block(spec)
+    return held
+
+
+@torch.no_grad()
+def _fill(model: LanguageModel, held: Held, checkpoint: Path) -> None:
     reader = CheckpointReader(checkpoint)
-    with torch.no_grad():
-        for name, param in model.named_parameters():
-            record = reader.parameters.get(name)
-            if record is None or record.shape != tuple(param.shape):
-                raise ValueError(f"{checkpoint} does not hold {name} of shape {tuple(param.shape)}")
-            block = record.block
-            reader.read(name, MASTER, block, param.view(block.num_rows, block.num_columns))
-        buffers = dict(model.named_buffers())
-        for name, value in reader.buffers().items():
-            buffers[name].copy_(value)
+    for name, param in model.named_parameters():
+        record = reader.parameters.get(name)
+        if record is None or (name not in held and record.shape != tuple(param.shape)):
+            raise ValueError(f"{checkpoint} does not hold {name} of shape {tuple(param.shape)}")
+        block = held.get(name, record.block)
+        # A block of rows may be padded beyond the table's last one: those rows are never asked for.
+        values_RC = param.view(-1, block.num_columns)[: block.num_rows]
+        reader.read(name, MASTER, block, values_RC)
+    buffers = dict(model.named_buffers())
+    for name, value in reader.buffers().items():
+        buffers[name].copy_(value)
     model.mark_stale()
-    return model.eval()
