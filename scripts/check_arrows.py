@@ -29,6 +29,7 @@ LAYERS = (
     ("watch",),
     ("train",),
     ("infer",),
+    ("harness",),
     ("testing",),
     ("bench",),
     ("doctor", "demo", "launcher"),

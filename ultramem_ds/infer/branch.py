@@ -73,7 +73,7 @@ class Branch:
         self._lengths_B = torch.tensor(lengths, device=self.device)
         self._past = past
         self._owners_B = torch.tensor(owners, device=self.device) if past is not None else None
-        self.kv = [
+        self.kv: list[_Columns] = [
             _Columns(past.kv[i] if past is not None else None, self._owners_B)
             for i in range(len(model.blocks))
         ]

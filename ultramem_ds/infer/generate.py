@@ -149,7 +149,6 @@ def generate(
 ) -> list[list[int]]:
     """Continuations of ``prompts`` without the prompts; see :func:`stream`."""
     continuations: list[list[int]] = [[] for _ in prompts]
-    limits = {"eos_id": eos_id, "vocab_size": vocab_size}
-    for new in stream(model, prompts, sampling, **limits, peers=peers):
+    for new in stream(model, prompts, sampling, eos_id=eos_id, vocab_size=vocab_size, peers=peers):
         continuations[new.sequence].append(new.token)
     return continuations

@@ -6,6 +6,7 @@ the same number of forwards. ``sharding.comm.Comm`` is the many-rank implementat
 
 from __future__ import annotations
 
+import contextlib
 from typing import Any, Protocol
 
 
@@ -34,6 +35,10 @@ class Peers(Protocol):
         """What the first process hands in."""
         ...
 
+    def raising_together(self, kind: type[Exception]) -> contextlib.AbstractContextManager[None]:
+        """If some process raises ``kind`` inside, every process does; no collective inside."""
+        ...
+
 
 class Alone:
     """One process."""
@@ -52,6 +57,10 @@ class Alone:
     def from_first(self, mine: Any) -> Any:
         """See :class:`Peers`."""
         return mine
+
+    def raising_together(self, kind: type[Exception]) -> contextlib.AbstractContextManager[None]:
+        """See :class:`Peers`."""
+        return contextlib.nullcontext()
 
 
 ALONE = Alone()
