@@ -2,21 +2,17 @@
 
 from __future__ import annotations
 
-import contextlib
-import functools
 import random
 import time
-from collections.abc import Iterator
 from typing import Any
 
-import datasets
 import lm_eval
-import lm_eval.api.task
 import numpy as np
 import torch
 from lm_eval.evaluator import evaluate
 
 from ultramem_ds.harness.lm import HarnessLM
+from ultramem_ds.harness.quiet import without_bars
 from ultramem_ds.harness.random_state import preserved_random_state
 from ultramem_ds.harness.tasks import SEED, TaskSet
 
@@ -40,7 +36,7 @@ def run_tasks(
         own command writes them; and ``elapsed_s``.
     """
     begin = time.perf_counter()
-    with preserved_random_state(), _without_bars():
+    with preserved_random_state(), without_bars():
         random.seed(SEEDS["random"])
         np.random.seed(SEEDS["numpy"])
         torch.manual_seed(SEEDS["torch"])
@@ -61,18 +57,3 @@ def run_tasks(
 
 def _since(begin: float) -> float:
     return round(time.perf_counter() - begin, 3)
-
-
-@contextlib.contextmanager
-def _without_bars() -> Iterator[None]:
-    """No bar for each of a group's tasks: the one of the service is enough."""
-    own = lm_eval.api.task.tqdm
-    shown = datasets.are_progress_bars_disabled()
-    lm_eval.api.task.tqdm = functools.partial(own, disable=True)
-    datasets.disable_progress_bars()
-    try:
-        yield
-    finally:
-        lm_eval.api.task.tqdm = own
-        if not shown:
-            datasets.enable_progress_bars()

@@ -25,6 +25,7 @@ from lm_eval.tasks._yaml_loader import load_yaml
 
 from ultramem_ds.harness.data import LocalData, find_data, read_records, use_files
 from ultramem_ds.harness.paper import BENCHMARKS, GROUP
+from ultramem_ds.harness.quiet import without_bars
 from ultramem_ds.harness.random_state import preserved_random_state
 
 FILE_SUFFIXES = (".jsonl", ".arrow", ".parquet")
@@ -203,7 +204,7 @@ def _text_task(path: Path) -> dict[str, Any]:
 
 
 def _load(manager: TaskManager, specs: Sequence[str | dict[str, Any]]) -> dict[str, Any]:
-    with preserved_random_state():
+    with preserved_random_state(), without_bars():
         random.seed(SEED)
         try:
             return dict(manager.load(list(specs)))
