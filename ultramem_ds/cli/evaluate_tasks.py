@@ -8,7 +8,12 @@ import sys
 
 def evaluate_tasks(arguments: argparse.Namespace) -> int:
     """Check everything, load tasks, then the model; evaluate, print and write."""
-    from ultramem_ds.checkpoint.directory import find_checkpoint, run_dir_of, step_of
+    from ultramem_ds.checkpoint.directory import (
+        find_checkpoint,
+        read_trainer_state,
+        run_dir_of,
+        step_of,
+    )
     from ultramem_ds.data.tokenizers import load_tokenizer
     from ultramem_ds.harness.extra import require_lm_eval
     from ultramem_ds.infer.place import place
@@ -31,6 +36,7 @@ def evaluate_tasks(arguments: argparse.Namespace) -> int:
     from ultramem_ds.infer.prepare import prepare_for_decoding
 
     checkpoint = find_checkpoint(arguments.checkpoint)
+    preset = read_trainer_state(checkpoint).config["preset"]
     tokenizer = load_tokenizer(run_dir_of(checkpoint))
     with place() as here:
         tasks = None
@@ -63,13 +69,13 @@ def evaluate_tasks(arguments: argparse.Namespace) -> int:
             limit=arguments.limit,
             checkpoint=str(checkpoint),
             step=step_of(checkpoint),
-            preset=config.preset,
+            preset=preset,
             kind=config.model.kind,
             precision=str(dtype).removeprefix("torch."),
             device=str(here.device),
             partition=config.memory.partition if config.has_memory else "",
         )
-    rows = summarise(results, tasks, lm.cuts, config.preset)
+    rows = summarise(results, tasks, lm.cuts, preset)
     print(results_json(results, rows, facts) if arguments.json else results_markdown(rows, facts))
     for line in cut_lines(rows):
         print(f"WARNING: {line}", file=sys.stderr)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from ultramem_ds.config.schema import Config
+from ultramem_ds.config.schema import Architecture
 from ultramem_ds.harness.plan import REACH
 
 CPU_TOKENS = 4096  # more gain nothing: the products are large by then
@@ -12,7 +12,7 @@ LEAST, MOST = 256, 1 << 17
 SHARE = 0.5  # of the free memory, the rest is the allocator's
 
 
-def bytes_per_token(config: Config, itemsize: int) -> int:
+def bytes_per_token(config: Architecture, itemsize: int) -> int:
     """Device memory that a token of a forward may take: generous, from the configuration.
 
     Counted are keys and values of all blocks, one block's activations, the joined keys and values
@@ -28,7 +28,7 @@ def bytes_per_token(config: Config, itemsize: int) -> int:
     return itemsize * (kept + block + model.vocab_size) + 4 * (2 * model.vocab_size + scores)
 
 
-def max_tokens(config: Config, device: torch.device, dtype: torch.dtype) -> int:
+def max_tokens(config: Architecture, device: torch.device, dtype: torch.dtype) -> int:
     """Tokens of one forward on ``device`` with what is free there now."""
     if device.type != "cuda":
         return CPU_TOKENS

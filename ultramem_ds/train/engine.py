@@ -106,7 +106,12 @@ class TrainEngine:
         self.telemetry = Telemetry(config, ranks, parallel, phases)
         self.comm = Comm()
         self.guard = StepGuard(config.train, config.optim.clip_grad)
-        self.gate = StepGate(parallel.engine, self.guard.judge)
+        self.gate = StepGate(
+            parallel.engine,
+            self.guard,
+            self.comm,
+            parallel.tables.joined_norm if parallel.tables is not None else None,
+        )
         self.engine = parallel.engine
         self.tables = parallel.tables
         self.partition = parallel.partition
@@ -249,6 +254,7 @@ class TrainEngine:
             config=to_dict(self.config),
             skipped_samples=[list(r) for r in skips.ranges],
             guard=self.guard.state(),
+            micro_batch_size=self.batches.micro_batch_size,
         )
         self.saver.begin(run_dir, state, {_rng_file(self.ranks): _rng_states(self.ranks)})
         if wait:
