@@ -22,13 +22,14 @@ from typing import Any
 
 import torch
 
-from ultramem_ds.config.deepspeed import load_deepspeed_json, plan_batches
+from ultramem_ds.checkpoint.directory import checkpoints_dir
+from ultramem_ds.config.deepspeed import load_deepspeed_json
 from ultramem_ds.config.load import load_config
 from ultramem_ds.data.loader import MicroBatch
-from ultramem_ds.sharding.runtime import Ranks, runtime
-from ultramem_ds.train.checkpoint import checkpoints_dir
+from ultramem_ds.planning.batches import plan_batches
+from ultramem_ds.telemetry.phases import Phases
 from ultramem_ds.train.engine import TrainEngine
-from ultramem_ds.train.phases import Phases
+from ultramem_ds.zero.runtime import Ranks, runtime
 
 STEPS_BETWEEN = 3
 

@@ -19,19 +19,20 @@ import time
 from pathlib import Path
 from typing import Any
 
-from ultramem_ds.config.deepspeed import load_deepspeed_json, plan_batches
+from ultramem_ds.config.deepspeed import load_deepspeed_json
 from ultramem_ds.config.load import load_config
 from ultramem_ds.data.loader import BatchLoader
 from ultramem_ds.data.mixture import Mixture
+from ultramem_ds.optim.decision import Decision
+from ultramem_ds.planning.batches import plan_batches
 from ultramem_ds.sharding.comm import Comm
-from ultramem_ds.sharding.gate import Decision
-from ultramem_ds.sharding.runtime import Ranks, runtime
+from ultramem_ds.telemetry.phases import Phases
 from ultramem_ds.train import engine as engine_module
-from ultramem_ds.train.desync import DesyncGuard, digest
 from ultramem_ds.train.engine import TrainEngine
-from ultramem_ds.train.phases import Phases
-from ultramem_ds.train.roster import Roster
-from ultramem_ds.train.watchdog import Watchdog
+from ultramem_ds.watch.desync import DesyncGuard, digest
+from ultramem_ds.watch.roster import Roster
+from ultramem_ds.watch.watchdog import Watchdog
+from ultramem_ds.zero.runtime import Ranks, runtime
 
 ROUND = 50
 ROUNDS = 8  # of each kind

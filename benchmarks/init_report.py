@@ -24,7 +24,7 @@ from ultramem_ds.config.schema import Config, MemoryConfig
 from ultramem_ds.model.init import INITIALISERS, init_parameter
 from ultramem_ds.model.memory.layer import MemoryLayer
 from ultramem_ds.model.memory.lookup import ValueTable
-from ultramem_ds.report import markdown_table
+from ultramem_ds.telemetry.report import markdown_table
 
 PRESETS = ("ultramem-151m-x10", "ultramem-151m-x12", "ultramem-680m-x12", "ultramem-1.6b-x12")
 NUM_TOKENS = 256

@@ -19,17 +19,18 @@ from typing import Any
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from ultramem_ds.config.deepspeed import load_deepspeed_json, plan_batches
+from ultramem_ds.checkpoint.directory import latest_checkpoint
+from ultramem_ds.config.deepspeed import load_deepspeed_json
 from ultramem_ds.config.load import load_config
 from ultramem_ds.config.schema import Config
 from ultramem_ds.data.loader import MicroBatch
-from ultramem_ds.report import markdown_table
-from ultramem_ds.sharding.deepspeed_import import deepspeed
-from ultramem_ds.sharding.runtime import Ranks
+from ultramem_ds.planning.batches import plan_batches
+from ultramem_ds.telemetry.phases import Phases
+from ultramem_ds.telemetry.report import markdown_table
 from ultramem_ds.testing.distributed import run_ranks
-from ultramem_ds.train.checkpoint import latest_checkpoint
 from ultramem_ds.train.engine import TrainEngine
-from ultramem_ds.train.phases import Phases
+from ultramem_ds.zero.deepspeed_import import deepspeed
+from ultramem_ds.zero.runtime import Ranks
 
 TINY = [
     "model.num_layers=2",

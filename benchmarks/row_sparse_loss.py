@@ -15,8 +15,8 @@ from pathlib import Path
 from statistics import mean, stdev
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from ultramem_ds.report import markdown_table
-from ultramem_ds.train.metrics import METRICS, VALIDATION, read_lines
+from ultramem_ds.telemetry.metrics import METRICS, VALIDATION, read_lines
+from ultramem_ds.telemetry.report import markdown_table
 
 OPTIMIZERS = ("dense", "row-sparse", "row-sparse-catch-up")
 LAST = 15  # steps that a training loss is averaged over

@@ -15,7 +15,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from ultramem_ds.report import markdown_table
+from ultramem_ds.telemetry.report import markdown_table
 
 ROOT = Path(__file__).resolve().parents[1]
 RANKS = (1, 2, 4)

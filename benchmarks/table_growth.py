@@ -29,15 +29,16 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from ultramem_ds.bench.common import Timing, header
-from ultramem_ds.config.deepspeed import load_deepspeed_json, plan_batches
+from ultramem_ds.config.deepspeed import load_deepspeed_json
 from ultramem_ds.config.load import load_config
 from ultramem_ds.config.schema import Config
 from ultramem_ds.data.loader import MicroBatch
 from ultramem_ds.model.init import init_module
 from ultramem_ds.model.memory.retrieval import Retrieval
-from ultramem_ds.sharding.runtime import Ranks, runtime
+from ultramem_ds.planning.batches import plan_batches
+from ultramem_ds.telemetry.phases import Phases
 from ultramem_ds.train.engine import TrainEngine
-from ultramem_ds.train.phases import Phases
+from ultramem_ds.zero.runtime import Ranks, runtime
 
 OPTIMIZERS = ("dense", "row-sparse", "row-sparse-catch-up")
 SHAPE = [

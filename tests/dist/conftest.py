@@ -10,7 +10,7 @@ import pytest
 
 BUILD = """
 from deepspeed.ops.op_builder import AsyncIOBuilder, CPUAdamBuilder
-from ultramem_ds.sharding.offload import build_op
+from ultramem_ds.zero.offload import build_op
 build_op(CPUAdamBuilder())
 build_op(AsyncIOBuilder())
 """

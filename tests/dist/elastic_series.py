@@ -12,15 +12,16 @@ from typing import Any
 
 import torch
 
-from ultramem_ds.config.deepspeed import load_deepspeed_json, plan_batches
+from ultramem_ds.config.deepspeed import (load_deepspeed_json)
+from ultramem_ds.planning.batches import plan_batches
 from ultramem_ds.config.load import load_config
 from ultramem_ds.config.schema import Config
 from ultramem_ds.data.loader import MicroBatch
-from ultramem_ds.sharding.deepspeed_import import deepspeed
-from ultramem_ds.sharding.runtime import Ranks
-from ultramem_ds.train import checkpoint as checkpoints
+from ultramem_ds.zero.deepspeed_import import deepspeed
+from ultramem_ds.zero.runtime import Ranks
+from ultramem_ds.checkpoint import directory as checkpoints
 from ultramem_ds.train.engine import TrainEngine
-from ultramem_ds.train.phases import Phases
+from ultramem_ds.telemetry.phases import Phases
 
 SHARED = [
     "model.hidden_size=32",

@@ -10,14 +10,15 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from ultramem_ds.config.deepspeed import load_deepspeed_json, plan_batches
+from ultramem_ds.config.deepspeed import (load_deepspeed_json)
+from ultramem_ds.planning.batches import plan_batches
 from ultramem_ds.config.load import load_config
 from ultramem_ds.config.schema import Config
 from ultramem_ds.data.loader import BatchLoader
 from ultramem_ds.data.mixture import Mixture
-from ultramem_ds.sharding.runtime import Ranks, runtime
+from ultramem_ds.zero.runtime import Ranks, runtime
 from ultramem_ds.train.engine import TrainEngine
-from ultramem_ds.train.phases import Phases
+from ultramem_ds.telemetry.phases import Phases
 
 
 def loader_of(config: Config, data: Path, ranks: Ranks, start_step: int = 0) -> BatchLoader:

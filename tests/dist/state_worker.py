@@ -17,13 +17,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
 from tests.dist.series_worker import loader_of
-from ultramem_ds.config.deepspeed import CONFIG_DIR, load_deepspeed_json, plan_batches
+from ultramem_ds.config.deepspeed import (CONFIG_DIR, load_deepspeed_json)
+from ultramem_ds.planning.batches import plan_batches
 from ultramem_ds.config.load import load_config
 from ultramem_ds.config.schema import Config
-from ultramem_ds.sharding.runtime import Ranks, runtime
-from ultramem_ds.train.checkpoint import latest_checkpoint
+from ultramem_ds.zero.runtime import Ranks, runtime
+from ultramem_ds.checkpoint.directory import latest_checkpoint
 from ultramem_ds.train.engine import TrainEngine
-from ultramem_ds.train.phases import Phases
+from ultramem_ds.telemetry.phases import Phases
 
 
 def engine_of(config: Config, ranks: Ranks, file: Path | None = None) -> TrainEngine:

@@ -19,10 +19,10 @@ from tests.dist.series_worker import loader_of
 from tests.dist.state_worker import engine_of
 from ultramem_ds.config.deepspeed import CONFIG_DIR
 from ultramem_ds.config.load import load_config
-from ultramem_ds.sharding.gate import Decision
-from ultramem_ds.sharding.runtime import Ranks
+from ultramem_ds.optim.decision import Decision
+from ultramem_ds.zero.runtime import Ranks
 from ultramem_ds.testing.distributed import run_ranks
-from ultramem_ds.train.desync import replicated
+from ultramem_ds.zero.replicated import replicated
 from ultramem_ds.train.engine import StepResult, TrainEngine
 
 pytestmark = pytest.mark.dist

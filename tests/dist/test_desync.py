@@ -9,7 +9,7 @@ import torch
 
 from ultramem_ds.sharding.comm import Comm
 from ultramem_ds.testing.distributed import run_ranks
-from ultramem_ds.train.desync import (
+from ultramem_ds.watch.desync import (
     ROTATION,
     DesyncError,
     DesyncGuard,
@@ -32,7 +32,7 @@ def outcome(guard: DesyncGuard, items: dict[str, int], **options: bool) -> str:
 def body(rank: int, world_size: int) -> Any:
     torch.manual_seed(0)
     model = torch.nn.Sequential(*(torch.nn.Linear(4, 4) for _ in range(8)))
-    guard = DesyncGuard(Comm(), CPU, model, every=3)
+    guard = DesyncGuard(Comm(), CPU, lambda: dict(model.named_parameters()), every=3)
     found = {"same": outcome(guard, {"step": 7}, everything=True)}
     found["step"] = outcome(guard, {"step": 7 + (rank == 1), "data": 5})
     if rank == 2:

@@ -10,10 +10,10 @@ import pytest
 import torch
 
 from tests.dist.elastic_series import Leg, build_engine, run_leg
-from ultramem_ds.elastic.reader import CheckpointReader
-from ultramem_ds.sharding.optimizer_state import KINDS
+from ultramem_ds.checkpoint.reader import CheckpointReader
+from ultramem_ds.checkpoint.state import KINDS
 from ultramem_ds.testing.distributed import run_ranks
-from ultramem_ds.train import checkpoint as checkpoints
+from ultramem_ds.checkpoint import directory as checkpoints
 
 BF16 = ("train.precision=bf16",)
 ROWS = (*BF16, "memory.partition=number-wise")

@@ -13,12 +13,13 @@ import torch
 from torch import Tensor
 
 from tests.dist.elastic_series import KINDS, Leg, run_legs
-from ultramem_ds.elastic.export import export_safetensors, write_default_layout
-from ultramem_ds.elastic.reader import CheckpointReader
+from ultramem_ds.checkpoint.export import export_safetensors
+from ultramem_ds.zero.default_layout import write_default_layout
+from ultramem_ds.checkpoint.reader import CheckpointReader
 from ultramem_ds.infer.load import load_model
-from ultramem_ds.sharding.optimizer_state import KINDS as KINDS_OF_STATE
+from ultramem_ds.checkpoint.state import KINDS as KINDS_OF_STATE
 from ultramem_ds.testing.distributed import run_ranks
-from ultramem_ds.train import checkpoint as checkpoints
+from ultramem_ds.checkpoint import directory as checkpoints
 
 COLUMNS = ("memory.partition=dimension-wise", "memory.shard_group_size=2")
 ROWS = ("memory.partition=number-wise",)

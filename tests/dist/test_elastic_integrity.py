@@ -11,12 +11,12 @@ import pytest
 import torch
 
 from tests.dist.elastic_series import Leg, build_engine, run_legs
-from ultramem_ds.elastic.reader import CheckpointReader
-from ultramem_ds.elastic.record import LAYOUT, write_layout, write_rank_layout
-from ultramem_ds.elastic.safe import safe_load
+from ultramem_ds.checkpoint.reader import CheckpointReader
+from ultramem_ds.checkpoint.record import LAYOUT, write_layout, write_rank_layout
+from ultramem_ds.checkpoint.safe import safe_load
 from ultramem_ds.infer.load import load_model
 from ultramem_ds.testing.distributed import run_ranks
-from ultramem_ds.train import checkpoint as checkpoints
+from ultramem_ds.checkpoint import directory as checkpoints
 
 SHARD = "zero_pp_rank_1_mp_rank_00_optim_states.pt"
 

@@ -10,7 +10,7 @@ import pytest
 
 from tests.dist.elastic_series import Leg, build_engine, run_leg
 from ultramem_ds.testing.distributed import run_ranks
-from ultramem_ds.train import checkpoint as checkpoints
+from ultramem_ds.checkpoint import directory as checkpoints
 from ultramem_ds.utils.mapped import CHUNK_BYTES
 
 KNUM, VALUE_DIM = 840, 64

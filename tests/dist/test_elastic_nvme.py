@@ -16,9 +16,9 @@ from tests.dist.elastic_series import Leg, run_legs
 from tests.dist.launching import run_verb
 from tests.dist.test_elastic_export import assert_same_weights, deepspeed_weights
 from ultramem_ds.config.deepspeed import CONFIG_DIR
-from ultramem_ds.elastic.export import write_default_layout
+from ultramem_ds.zero.default_layout import write_default_layout
 from ultramem_ds.infer.load import load_model
-from ultramem_ds.sharding.offload import build_op
+from ultramem_ds.zero.offload import build_op
 from ultramem_ds.testing.distributed import run_ranks
 
 NVME_OFFLOAD = CONFIG_DIR / "ultramem_zero3_nvme_offload.json"

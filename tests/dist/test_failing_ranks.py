@@ -15,7 +15,7 @@ import pytest
 
 from tests.conftest import VOCAB_SIZE
 from ultramem_ds.testing.launched import Job, faults_of
-from ultramem_ds.train.checkpoint import latest_checkpoint
+from ultramem_ds.checkpoint.directory import latest_checkpoint
 
 pytestmark = pytest.mark.dist
 

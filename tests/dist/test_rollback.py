@@ -17,7 +17,7 @@ from tests.conftest import VOCAB_SIZE
 from tests.dist.launching import ROOT, environment
 from ultramem_ds.testing.chaos import difference, series
 from ultramem_ds.testing.launched import faults_of
-from ultramem_ds.train.checkpoint import latest_checkpoint, read_trainer_state
+from ultramem_ds.checkpoint.directory import latest_checkpoint, read_trainer_state
 
 pytestmark = pytest.mark.dist
 

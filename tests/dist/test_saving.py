@@ -15,9 +15,9 @@ from typing import Any
 import pytest
 
 from tests.dist.elastic_series import Leg, build_engine, micro_batches
-from ultramem_ds.elastic.record import LAYOUT
+from ultramem_ds.checkpoint.record import LAYOUT
 from ultramem_ds.testing.distributed import run_ranks
-from ultramem_ds.train import checkpoint as checkpoints
+from ultramem_ds.checkpoint import directory as checkpoints
 from ultramem_ds.train.engine import TrainEngine
 
 pytestmark = pytest.mark.dist
@@ -156,7 +156,7 @@ def test_a_full_disk_stops_no_training(
 
 def verified(rank: int, world_size: int, checkpoint: Path) -> str:
     """Why a checkpoint cannot be used; nothing if it can."""
-    from ultramem_ds.elastic.reader import CheckpointReader
+    from ultramem_ds.checkpoint.reader import CheckpointReader
 
     try:
         CheckpointReader(checkpoint).verify(rank, world_size)

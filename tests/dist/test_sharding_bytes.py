@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from ultramem_ds.config.schema import MemoryConfig
-from ultramem_ds.sharding.costs import lookup_cost
+from ultramem_ds.planning.costs import lookup_cost
 from ultramem_ds.sharding.groups import make_groups
 from ultramem_ds.sharding.lookup import build_lookup
 from ultramem_ds.sharding.shard import TableShard

@@ -19,7 +19,7 @@ import pytest
 
 from tests.conftest import VOCAB_SIZE
 from tests.dist.launching import ROOT, environment, run_verb
-from ultramem_ds.train.checkpoint import checkpoints_dir, latest_checkpoint
+from ultramem_ds.checkpoint.directory import checkpoints_dir, latest_checkpoint
 
 pytestmark = pytest.mark.dist
 

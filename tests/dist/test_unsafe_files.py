@@ -16,12 +16,12 @@ import torch
 
 from tests.dist.elastic_series import Leg, build_engine, run_legs
 from tests.dist.test_elastic_integrity import latest, rerecord
-from ultramem_ds.elastic.export import export_safetensors
-from ultramem_ds.elastic.record import LAYOUT, _own_digest, rank_file
-from ultramem_ds.elastic.safe import DamagedCheckpointError
+from ultramem_ds.checkpoint.export import export_safetensors
+from ultramem_ds.checkpoint.record import LAYOUT, _own_digest, rank_file
+from ultramem_ds.checkpoint.safe import DamagedCheckpointError
 from ultramem_ds.infer.load import load_model
 from ultramem_ds.testing.distributed import run_ranks
-from ultramem_ds.train import checkpoint as checkpoints
+from ultramem_ds.checkpoint import directory as checkpoints
 
 pytestmark = pytest.mark.dist
 

@@ -9,7 +9,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from tensorboard.plugins.custom_scalar import layout_pb2
 
 from ultramem_ds.config.load import load_config
-from ultramem_ds.train.board import Board, hyper_parameters, scalars
+from ultramem_ds.telemetry.board import Board, hyper_parameters, scalars
 
 
 def read(directory: Path) -> EventAccumulator:

@@ -13,11 +13,11 @@ from ultramem_ds.config.deepspeed import (
     default_file,
     engine_config,
     load_deepspeed_json,
-    plan_batches,
     zero_stage,
 )
 from ultramem_ds.config.load import changed_keys, from_dict, load_config, to_dict, valid_keys
 from ultramem_ds.config.presets import PRESETS
+from ultramem_ds.planning.batches import plan_batches
 
 ROOT = Path(__file__).resolve().parents[2]
 

@@ -6,17 +6,12 @@ from dataclasses import replace
 import pytest
 
 from ultramem_ds.config.presets import preset
-from ultramem_ds.sharding.gate import Decision
-from ultramem_ds.train.engine import StepResult
-from ultramem_ds.train.guards import HISTORY, StepGuard, TooManyBadStepsError
+from ultramem_ds.optim.decision import Decision
+from ultramem_ds.watch.guards import HISTORY, StepGuard, TooManyBadStepsError
 
 
 def guard(**train) -> StepGuard:
     return StepGuard(replace(preset("dense-debug").train, **train), clip_grad=1.0)
-
-
-def result(decision: Decision, loss: float = 2.0) -> StepResult:
-    return StepResult(loss, 0.0, 0.0, decision, {}, 1e-3, None, [], {})
 
 
 def test_off_takes_every_finite_norm() -> None:
@@ -61,9 +56,9 @@ def test_so_many_in_a_row_end_the_run_with_a_report() -> None:
     bad = Decision(math.inf, False, 0.0)
     good = Decision(1.0, True, 1.0)
     for step, decision in enumerate([bad, good, bad], 1):
-        counted.review(step, result(decision), ((8 * step, 8 * step + 8),))
+        counted.review(step, decision, 2.0, ((8 * step, 8 * step + 8),), {})
         counted.check()
-    reviewed = counted.review(4, result(bad, math.nan), ((32, 40),))
+    reviewed = counted.review(4, bad, math.nan, ((32, 40),), {})
     assert reviewed is not None and reviewed.reason == "loss not finite"
     with pytest.raises(TooManyBadStepsError) as stop:
         counted.check()
@@ -76,7 +71,7 @@ def test_so_many_in_a_row_end_the_run_with_a_report() -> None:
 def test_never_stops_with_zero() -> None:
     counted = guard(max_bad_steps=0)
     for step in range(1, 300):
-        counted.review(step, result(Decision(math.inf, False, 0.0)), ())
+        counted.review(step, Decision(math.inf, False, 0.0), 2.0, (), {})
         counted.check()
     assert counted.bad_steps == 299 and len(counted.recent) == HISTORY
 
@@ -85,7 +80,7 @@ def test_state_survives_a_restart() -> None:
     first = guard(grad_spike="skip")
     for norm in range(1, 40):
         first.judge(float(norm))
-    first.review(40, result(Decision(math.inf, False, 0.0), math.nan), ((1, 2), (4, 5)))
+    first.review(40, Decision(math.inf, False, 0.0), math.nan, ((1, 2), (4, 5)), {})
     second = guard(grad_spike="skip")
     second.load_state(first.state())
     assert second.state() == first.state()

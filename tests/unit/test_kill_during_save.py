@@ -12,9 +12,9 @@ from typing import Any
 import torch
 
 from tests.unit.test_run_files import state
-from ultramem_ds.elastic.capture import RankFiles
-from ultramem_ds.elastic.record import read_layout, verify, write_layout
-from ultramem_ds.train import checkpoint as checkpoints
+from ultramem_ds.checkpoint import directory as checkpoints
+from ultramem_ds.checkpoint.rank_files import RankFiles
+from ultramem_ds.checkpoint.record import read_layout, verify, write_layout
 
 # Whatever Python does to a directory or opens in it, before it does so.
 EVENTS = {"open", "os.rename", "os.mkdir", "os.remove", "os.rmdir", "shutil.rmtree"}

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from ultramem_ds.config.deepspeed import CONFIG_DIR, load_deepspeed_json
-from ultramem_ds.sharding import offload
+from ultramem_ds.zero import offload
 
 
 def test_nvme_without_libaio_is_one_clear_message(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -68,7 +68,7 @@ def test_swap_directory_is_for_one_run(tmp_path: Path) -> None:
     offload.claim_swap_directory(tmp_path, rank=0)
     offload.claim_swap_directory(tmp_path, rank=0)
     code = (
-        "import sys; from pathlib import Path; from ultramem_ds.sharding import offload\n"
+        "import sys; from pathlib import Path; from ultramem_ds.zero import offload\n"
         "offload.claim_swap_directory(Path(sys.argv[1]), rank=1)\n"
         "offload.claim_swap_directory(Path(sys.argv[1]), rank=0)"
     )

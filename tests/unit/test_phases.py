@@ -4,7 +4,7 @@ import time
 
 import pytest
 
-from ultramem_ds.train.phases import START, Phases
+from ultramem_ds.telemetry.phases import START, Phases
 
 
 def test_inner_time_is_not_counted_for_the_outer() -> None:

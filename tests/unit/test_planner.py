@@ -6,7 +6,7 @@ import pytest
 
 from ultramem_ds.cli.main import main
 from ultramem_ds.config.load import load_config
-from ultramem_ds.sharding.planner import make_plan, resolve_partition
+from ultramem_ds.planning.planner import make_plan, resolve_partition
 from ultramem_ds.sharding.table_plan import SCHEMES
 
 

@@ -10,10 +10,10 @@ from pathlib import Path
 
 import pytest
 
-from ultramem_ds.elastic.record import write_layout, write_rank_layout
-from ultramem_ds.report import median_phases_ms, read_run, write_report
-from ultramem_ds.train import checkpoint as checkpoints
-from ultramem_ds.train.metrics import MetricsWriter, read_lines
+from ultramem_ds.checkpoint import directory as checkpoints
+from ultramem_ds.checkpoint.record import write_layout, write_rank_layout
+from ultramem_ds.telemetry.metrics import MetricsWriter, read_lines
+from ultramem_ds.telemetry.report import median_phases_ms, read_run, write_report
 from ultramem_ds.utils.lines import LineFile
 
 

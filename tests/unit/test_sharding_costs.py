@@ -5,7 +5,7 @@ import math
 import pytest
 
 from ultramem_ds.config.schema import MemoryConfig
-from ultramem_ds.sharding.costs import distinct_rows, lookup_cost, stock_zero3_bytes
+from ultramem_ds.planning.costs import distinct_rows, lookup_cost, stock_zero3_bytes
 
 LAYER_1_6B = MemoryConfig(
     knum=1792, kdim=448, value_dim=1024, top_m=42, num_heads=2, wire_dtype="bf16"

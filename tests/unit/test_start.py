@@ -7,7 +7,7 @@ import sys
 
 ENGINE_IMPORTS = """
 import sys
-from ultramem_ds.sharding.deepspeed_import import deepspeed
+from ultramem_ds.zero.deepspeed_import import deepspeed
 import deepspeed.runtime.engine
 import deepspeed.runtime.zero.muon.muon_optimizer
 print("torch._inductor.compile_fx" in sys.modules)

@@ -11,9 +11,9 @@ import torch
 from ultramem_ds.config.load import load_config
 from ultramem_ds.model.accounting import training_flops_per_token
 from ultramem_ds.sharding.execution import LOOKUP, ClockedExecutor, InlineExecutor, ThreadExecutor
-from ultramem_ds.sharding.gradient_norms import GradientNorms
-from ultramem_ds.train.peak_flops import measure_matmul, peak_flops_per_s
-from ultramem_ds.train.phases import Phases
+from ultramem_ds.telemetry.peak_flops import measure_matmul, peak_flops_per_s
+from ultramem_ds.telemetry.phases import Phases
+from ultramem_ds.zero.gradient_norms import GradientNorms
 
 CPU = torch.device("cpu")
 

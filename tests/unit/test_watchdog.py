@@ -8,11 +8,11 @@ from pathlib import Path
 import psutil
 import pytest
 
-from ultramem_ds.train.phases import Phases
-from ultramem_ds.train.roster import Roster
-from ultramem_ds.train.runlock import only_job
-from ultramem_ds.train.watchdog import FIRST_STEP_S, LONG_PHASE_S, START_S, allowed_s
+from ultramem_ds.telemetry.phases import Phases
 from ultramem_ds.utils.processes import find_process, is_alive, is_launcher, launchers_above
+from ultramem_ds.watch.roster import Roster
+from ultramem_ds.watch.runlock import only_job
+from ultramem_ds.watch.watchdog import FIRST_STEP_S, LONG_PHASE_S, START_S, allowed_s
 
 
 def test_what_is_slow_without_being_stuck_gets_more_time() -> None:
@@ -64,7 +64,7 @@ def test_processes_are_told_apart() -> None:
 HOLD = """
 import sys, time
 from pathlib import Path
-from ultramem_ds.train.runlock import only_job
+from ultramem_ds.watch.runlock import only_job
 with only_job(Path(sys.argv[1])):
     print("held", flush=True)
     time.sleep(60)

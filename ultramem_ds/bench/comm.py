@@ -20,8 +20,8 @@ from torch import Tensor
 from ultramem_ds.bench.common import Timing, header
 from ultramem_ds.config.load import load_config
 from ultramem_ds.config.schema import MemoryConfig
+from ultramem_ds.planning.costs import lookup_cost, stock_zero3_bytes
 from ultramem_ds.sharding.comm import Comm
-from ultramem_ds.sharding.costs import lookup_cost, stock_zero3_bytes
 from ultramem_ds.sharding.groups import CPU, make_groups
 from ultramem_ds.sharding.lookup import ShardedLookup, build_lookup
 from ultramem_ds.sharding.shard import TableShard

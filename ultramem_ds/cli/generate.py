@@ -43,13 +43,13 @@ def run(arguments: argparse.Namespace) -> int:
     """Load, decode, and print: one prompt as it comes, several when all are done."""
     import torch
 
+    from ultramem_ds.checkpoint.directory import run_dir_of
     from ultramem_ds.data.tokenizers import load_tokenizer
     from ultramem_ds.infer.generate import generate, stream
     from ultramem_ds.infer.load import load_model
     from ultramem_ds.infer.prepare import prepare_for_decoding
     from ultramem_ds.infer.sampling import Sampling
     from ultramem_ds.infer.text import Detokenizer
-    from ultramem_ds.train.checkpoint import run_dir_of
 
     sampling = Sampling(
         max_new_tokens=arguments.max_new_tokens,

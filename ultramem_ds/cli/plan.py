@@ -6,7 +6,7 @@ import argparse
 import json
 
 from ultramem_ds.config.load import load_config
-from ultramem_ds.sharding.planner import Plan, make_plan
+from ultramem_ds.planning.planner import Plan, make_plan
 
 
 def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:

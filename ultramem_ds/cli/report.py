@@ -26,7 +26,7 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Write the report and name its files."""
-    from ultramem_ds.report import write_report
+    from ultramem_ds.telemetry.report import write_report
 
     for path in write_report(arguments.run_dirs, arguments.output or arguments.run_dirs[0]):
         print(path)

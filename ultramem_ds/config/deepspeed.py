@@ -7,13 +7,9 @@ follows from the run's configuration and world size: batch sizes, accumulation, 
 from __future__ import annotations
 
 import json
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-
-import psutil
-import torch
 
 from ultramem_ds.config.schema import Config, Kind
 
@@ -102,69 +98,6 @@ def check_stage(kind: Kind, stage: int) -> None:
         )
     if kind == "dense" and stage not in (1, 2, 3):
         raise ValueError(f"ZeRO stage {stage} is not supported; use ds_configs/dense_zero1.json")
-
-
-def plan_batches(config: Config, world_size: int) -> BatchPlan:
-    """Cut the global batch into micro-batches.
-
-    ``train.micro_batch_size=auto`` takes the largest size that divides ``global_batch_size /
-    world_size`` and whose activations fit into half of this process's share of free memory.
-
-    Raises:
-        ValueError: if the ranks and micro-batches do not divide the global batch.
-    """
-    G = config.train.global_batch_size
-    if G % world_size:
-        raise ValueError(
-            f"train.global_batch_size={G} cannot be divided over {world_size} ranks; "
-            f"the nearest that can is {max(1, round(G / world_size)) * world_size}"
-        )
-    per_rank = G // world_size
-    asked = config.train.micro_batch_size
-    if asked == "auto":
-        limit = _free_bytes_per_rank() // 2 // activation_bytes_per_sequence(config)
-        micro = max(d for d in range(1, per_rank + 1) if per_rank % d == 0 and d <= max(1, limit))
-    else:
-        micro = asked
-    if per_rank % micro:
-        raise ValueError(
-            f"train.micro_batch_size={micro} does not divide train.global_batch_size={G} / "
-            f"{world_size} ranks = {per_rank}"
-        )
-    return BatchPlan(G, micro, per_rank // micro)
-
-
-def activation_bytes_per_sequence(config: Config) -> int:
-    """Bytes that one sequence's activations and logits take in a training forward, estimated.
-
-    Counts what autograd keeps of each block (inputs of norms, projections, attention, GELU) and the
-    logits with their fp32 softmax; with activation checkpointing only the blocks' inputs.
-    """
-    model = config.model
-    width = 2 if config.train.precision == "bf16" else 4
-    inner = model.inner_size * (config.moe.top_k if model.kind == "moe" else 1)
-    block = model.hidden_size * (1 if config.train.activation_checkpointing else 12) + (
-        0 if config.train.activation_checkpointing else 2 * inner
-    )
-    memory = 0
-    if config.has_memory:
-        m = config.memory
-        per_layer = m.num_heads * 2 * m.num_keys * m.tucker_rank * 4
-        per_layer += m.rows_per_token * (8 + 8 + 4 * m.num_cores)
-        per_layer += 4 * m.expansion * m.value_dim + 3 * m.rows_per_token * m.top_m * 4
-        memory = len(m.spans) * per_layer
-    per_token = model.num_layers * block * width + memory + model.vocab_size * (width + 8)
-    return per_token * model.seq_len
-
-
-def _free_bytes_per_rank() -> int:
-    if torch.cuda.is_available():
-        return int(torch.cuda.mem_get_info()[0])
-    return int(psutil.virtual_memory().available) // max(1, _local_world_size())
-
-
-def _local_world_size() -> int:
-    return int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or 1)
 
 
 def engine_config(values: dict[str, Any], config: Config, batches: BatchPlan) -> dict[str, Any]:

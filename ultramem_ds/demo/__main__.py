@@ -17,7 +17,7 @@ from typing import Any
 from ultramem_ds.config.load import load_config
 from ultramem_ds.demo.corpus import write_corpus
 from ultramem_ds.model.accounting import count
-from ultramem_ds.report import markdown_table, plot_losses, read_run
+from ultramem_ds.telemetry.report import markdown_table, plot_losses, read_run
 from ultramem_ds.utils.files import write_json
 
 ROOT = Path("runs/demo")

@@ -21,8 +21,8 @@ from statistics import mean, stdev
 from ultramem_ds.config.load import load_config, to_dict
 from ultramem_ds.config.presets import ABLATION_ROWS
 from ultramem_ds.demo.__main__ import ROOT, prepare_data
-from ultramem_ds.report import markdown_table
-from ultramem_ds.train.metrics import METRICS, VALIDATION, read_lines
+from ultramem_ds.telemetry.metrics import METRICS, VALIDATION, read_lines
+from ultramem_ds.telemetry.report import markdown_table
 from ultramem_ds.utils.files import write_text
 
 # Table 2: training and validation loss of each row at 151M and 500B tokens.

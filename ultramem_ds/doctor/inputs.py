@@ -6,12 +6,12 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from ultramem_ds.checkpoint import directory as checkpoints
 from ultramem_ds.config.deepspeed import load_deepspeed_json, zero_stage
 from ultramem_ds.config.load import load_config
 from ultramem_ds.data.manifest import Split, load_manifest
 from ultramem_ds.data.tokenizers import load_tokenizer
 from ultramem_ds.doctor.finding import Finding
-from ultramem_ds.train import checkpoint as checkpoints
 from ultramem_ds.train.dry_run import checkpoint_bytes, dry_run, problems
 from ultramem_ds.train.run import prepare_run
 

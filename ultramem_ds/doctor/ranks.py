@@ -10,7 +10,7 @@ import torch
 from ultramem_ds.bench.comm import wire_gb_per_s
 from ultramem_ds.doctor.finding import Finding
 from ultramem_ds.sharding.comm import Comm
-from ultramem_ds.sharding.runtime import Ranks, runtime
+from ultramem_ds.zero.runtime import Ranks, runtime
 
 CONNECT_TIMEOUT_S = 120.0
 SLOW_GB_PER_S = 0.1

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import importlib.util
 import platform
 import re
@@ -126,22 +125,19 @@ def _try_lookup() -> float:
 
 def check_deepspeed_ops() -> Iterator[Finding]:
     """Ops that only offload needs, and build locks that a killed build left behind."""
-    from ultramem_ds.sharding.deepspeed_import import deepspeed
+    from ultramem_ds.zero.offload import buildable_ops
 
-    builders = deepspeed.ops.op_builder
-    with contextlib.redirect_stdout(sys.stderr):
-        cpu_adam = builders.CPUAdamBuilder().is_compatible(verbose=False)
-        async_io = builders.AsyncIOBuilder().is_compatible(verbose=False)
+    buildable = buildable_ops()
     ninja = importlib.util.find_spec("ninja") or shutil.which("ninja")
     for works, op, use, fix in (
         (
-            cpu_adam and ninja,
+            buildable["cpu_adam"] and ninja,
             "cpu_adam",
             "optimizer offload to CPU",
             "install g++ and ninja, or do not use the offload JSON files of ds_configs/",
         ),
         (
-            async_io and ninja,
+            buildable["async_io"] and ninja,
             "async_io",
             "offload to NVMe",
             "apt-get install libaio-dev, or do not use ds_configs/ultramem_zero3_nvme.json",

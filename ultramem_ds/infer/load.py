@@ -9,11 +9,11 @@ from pathlib import Path
 
 import torch
 
+from ultramem_ds.checkpoint.directory import find_checkpoint, read_trainer_state
+from ultramem_ds.checkpoint.reader import CheckpointReader
+from ultramem_ds.checkpoint.state import MASTER
 from ultramem_ds.config.load import from_dict
-from ultramem_ds.elastic.reader import CheckpointReader
 from ultramem_ds.model.lm import LanguageModel
-from ultramem_ds.sharding.optimizer_state import MASTER
-from ultramem_ds.train.checkpoint import find_checkpoint, read_trainer_state
 
 
 def load_model(

@@ -1,6 +1,6 @@
 """The mixture-of-experts baseline on one process: top-k gate, balance loss, bias-free GELU experts.
 
-For training, ``sharding/parallelize`` installs ``deepspeed.moe.layer.MoE`` around the same gate
+For training, ``zero/parallelize`` installs ``deepspeed.moe.layer.MoE`` around the same gate
 settings and the same expert; this module is what a single process evaluates and generates with and
 what tests compare DeepSpeed's layer to. It drops no token.
 

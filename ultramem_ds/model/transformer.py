@@ -2,7 +2,7 @@
 
 Nothing here knows of ranks. An MLP is anything that maps ``(B, S, D)`` to an :class:`MLPOutput`:
 the dense one below, the local mixture of experts of ``model/moe``, or DeepSpeed's, which
-``sharding/parallelize`` installs.
+``zero/parallelize`` installs.
 
 Letters: B sequences, S tokens per sequence, D hidden, A attention heads, K head width.
 """

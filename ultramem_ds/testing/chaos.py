@@ -31,14 +31,14 @@ from pathlib import Path
 from pydoc_data.topics import topics
 from typing import Any
 
-from ultramem_ds.report import markdown_table
-from ultramem_ds.testing.launched import Job, faults_of
-from ultramem_ds.train.checkpoint import (
+from ultramem_ds.checkpoint.directory import (
     checkpoints_dir,
     newest_readable,
     resume_candidates,
     step_of,
 )
+from ultramem_ds.telemetry.report import markdown_table
+from ultramem_ds.testing.launched import Job, faults_of
 
 STEPS = 10
 MAX_STARTS = 5

@@ -31,6 +31,7 @@ from __future__ import annotations
 
 import os
 import re
+import runpy
 import signal
 import sys
 import time
@@ -150,8 +151,8 @@ def _drift(model: torch.nn.Module) -> None:
 
 def install(injector: Injector) -> None:
     """Wrap the phases and the engine's model, from outside."""
+    from ultramem_ds.telemetry.phases import Phases
     from ultramem_ds.train.engine import TrainEngine
-    from ultramem_ds.train.phases import Phases
 
     switch = Phases._switch
 
@@ -180,15 +181,13 @@ def install(injector: Injector) -> None:
     TrainEngine.__init__ = building  # type: ignore[method-assign, assignment]
 
 
-def main() -> int:
+def main() -> None:
     """Install the plan of the environment, then run the command line."""
-    from ultramem_ds.cli.main import main as command_line
-
     plan = [Fault.parse(text) for text in os.environ.get(PLAN, "").split()]
     done = os.environ.get(DONE)
     install(Injector(plan, int(os.environ.get("RANK", "0")), Path(done) if done else None))
-    return command_line()
+    runpy.run_module("ultramem_ds", run_name="__main__")
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -12,13 +12,13 @@ from typing import Any
 import psutil
 import torch
 
+from ultramem_ds.checkpoint import directory as checkpoints
 from ultramem_ds.config.deepspeed import offload_device, zero_stage
 from ultramem_ds.config.schema import Config
 from ultramem_ds.data.manifest import load_manifest
 from ultramem_ds.model.accounting import count, training_flops_per_token
-from ultramem_ds.sharding.planner import Plan, make_plan
-from ultramem_ds.train import checkpoint as checkpoints
-from ultramem_ds.train.metrics import METRICS, read_lines
+from ultramem_ds.planning.planner import Plan, make_plan
+from ultramem_ds.telemetry.metrics import METRICS, read_lines
 from ultramem_ds.train.run import Run
 
 RECENT_STEPS = 50  # of the run so far, that an estimate is made from

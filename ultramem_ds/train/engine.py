@@ -11,26 +11,28 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ultramem_ds.checkpoint import directory as checkpoints
+from ultramem_ds.checkpoint.parameters import parameter_records
+from ultramem_ds.checkpoint.safe import DamagedCheckpointError, safe_load
+from ultramem_ds.checkpoint.saver import Saver
 from ultramem_ds.config.deepspeed import BatchPlan, engine_config, zero_stage
 from ultramem_ds.config.load import to_dict
 from ultramem_ds.config.schema import Config
 from ultramem_ds.data.loader import MicroBatch
 from ultramem_ds.data.skips import NO_SKIPS, SkipRanges
-from ultramem_ds.elastic.load import EngineCheckpoint, parameter_records
-from ultramem_ds.elastic.safe import DamagedCheckpointError, safe_load
 from ultramem_ds.model.lm import LanguageModel
+from ultramem_ds.optim.decision import Decision
 from ultramem_ds.optim.param_groups import SCHEDULES
 from ultramem_ds.sharding.comm import Comm
-from ultramem_ds.sharding.gate import Decision, StepGate, poison_unless_finite
-from ultramem_ds.sharding.parallelize import parallelize
-from ultramem_ds.sharding.runtime import Ranks
-from ultramem_ds.train import checkpoint as checkpoints
-from ultramem_ds.train.guards import StepGuard
-from ultramem_ds.train.memory_stats import MemoryStatistics
-from ultramem_ds.train.phases import Phases
-from ultramem_ds.train.saver import Saver
-from ultramem_ds.train.signals import Ballot, StopRequest
-from ultramem_ds.train.telemetry import Telemetry
+from ultramem_ds.telemetry.memory_stats import MemoryStatistics
+from ultramem_ds.telemetry.phases import Phases
+from ultramem_ds.telemetry.telemetry import Telemetry
+from ultramem_ds.watch.guards import StepGuard
+from ultramem_ds.watch.signals import Ballot, StopRequest
+from ultramem_ds.zero.engine_checkpoint import EngineCheckpoint
+from ultramem_ds.zero.gate import StepGate, poison_unless_finite
+from ultramem_ds.zero.parallelize import parallelize
+from ultramem_ds.zero.runtime import Ranks
 
 
 @dataclass(frozen=True)

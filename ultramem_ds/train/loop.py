@@ -9,30 +9,31 @@ from typing import Any
 
 import torch
 
+from ultramem_ds.checkpoint import directory as checkpoints
 from ultramem_ds.config.load import to_dict
 from ultramem_ds.data.loader import BatchLoader
 from ultramem_ds.data.mixture import Mixture
 from ultramem_ds.data.skips import Range, SkipRanges, format_ranges
 from ultramem_ds.data.tokenizers import load_tokenizer
 from ultramem_ds.sharding.comm import Comm
-from ultramem_ds.sharding.runtime import Ranks, runtime
-from ultramem_ds.train import checkpoint as checkpoints
-from ultramem_ds.train.board import hyper_parameters
-from ultramem_ds.train.desync import DesyncGuard, code_digest, digest
+from ultramem_ds.telemetry.board import hyper_parameters
+from ultramem_ds.telemetry.memory_use import peak_memory_bytes
+from ultramem_ds.telemetry.metrics import MetricsWriter
+from ultramem_ds.telemetry.phases import Phases
 from ultramem_ds.train.engine import StepResult, TrainEngine
 from ultramem_ds.train.evaluate import Reader, SubsetLoss, evaluate
-from ultramem_ds.train.faultlog import log_fault
-from ultramem_ds.train.guards import BadStep, TooManyBadStepsError
-from ultramem_ds.train.memory_use import peak_memory_bytes
-from ultramem_ds.train.metrics import MetricsWriter
-from ultramem_ds.train.phases import Phases
 from ultramem_ds.train.rollback import roll_back
-from ultramem_ds.train.roster import Roster
 from ultramem_ds.train.run import Run, skips_of
-from ultramem_ds.train.runlock import only_job
-from ultramem_ds.train.signals import StopRequest
-from ultramem_ds.train.watchdog import Watchdog
 from ultramem_ds.utils.files import write_json
+from ultramem_ds.watch.desync import DesyncGuard, code_digest, digest
+from ultramem_ds.watch.faultlog import log_fault
+from ultramem_ds.watch.guards import BadStep, TooManyBadStepsError
+from ultramem_ds.watch.roster import Roster
+from ultramem_ds.watch.runlock import only_job
+from ultramem_ds.watch.signals import StopRequest
+from ultramem_ds.watch.watchdog import Watchdog
+from ultramem_ds.zero.replicated import replicated
+from ultramem_ds.zero.runtime import Ranks, runtime
 
 
 def train(run: Run) -> dict[str, Any]:
@@ -114,7 +115,10 @@ class _Loop:
         self.skips = skips
         self.rollbacks = 0
         self.desync = DesyncGuard(
-            engine.comm, ranks.device, engine.model, run.config.train.desync_every
+            engine.comm,
+            ranks.device,
+            lambda: replicated(engine.model),
+            run.config.train.desync_every,
         )
         self.done_step = done_step
         self.last_step = last_step
@@ -175,7 +179,9 @@ class _Loop:
     def _after_step(self, step: int, result: StepResult, writer: MetricsWriter | None) -> None:
         train = self.config.train
         last = step == self.last_step
-        bad = self.engine.guard.review(step, result, self._samples(step))
+        bad = self.engine.guard.review(
+            step, result.decision, result.loss, self._samples(step), result.suspects
+        )
         if writer is not None:
             writer.write_step(self._record(step, result, bad))
             if bad is not None:

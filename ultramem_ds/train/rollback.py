@@ -6,8 +6,8 @@ from pathlib import Path
 
 from ultramem_ds.data.skips import SkipRanges, format_ranges
 from ultramem_ds.train.engine import TrainEngine
-from ultramem_ds.train.faultlog import log_fault
-from ultramem_ds.train.guards import TooManyBadStepsError
+from ultramem_ds.watch.faultlog import log_fault
+from ultramem_ds.watch.guards import TooManyBadStepsError
 
 MAX_ROLLBACKS = 3  # of one process; what fails more often is not the data's fault
 

@@ -12,12 +12,12 @@ from typing import Any
 
 import torch
 
+from ultramem_ds.checkpoint import directory as checkpoints
 from ultramem_ds.config.deepspeed import (
     BatchPlan,
     check_stage,
     engine_config,
     load_deepspeed_json,
-    plan_batches,
     zero_stage,
 )
 from ultramem_ds.config.load import changed_keys, from_dict, to_dict
@@ -27,11 +27,11 @@ from ultramem_ds.data.mixture import Mixture
 from ultramem_ds.data.skips import Range, SkipRanges
 from ultramem_ds.data.tokenizers import load_tokenizer
 from ultramem_ds.kernels.registry import resolve
-from ultramem_ds.sharding.deepspeed_import import check_engine_config
-from ultramem_ds.sharding.experts import expert_parallel_size
-from ultramem_ds.sharding.planner import resolve_partition
-from ultramem_ds.train import checkpoint as checkpoints
-from ultramem_ds.train.peak_flops import peak_from_environment
+from ultramem_ds.planning.batches import plan_batches
+from ultramem_ds.planning.experts import expert_parallel_size
+from ultramem_ds.planning.planner import resolve_partition
+from ultramem_ds.telemetry.peak_flops import peak_from_environment
+from ultramem_ds.zero.deepspeed_import import check_engine_config
 
 # On resume these keys may differ; any other changed key is refused by name.
 RESUMABLE_KEYS = frozenset(

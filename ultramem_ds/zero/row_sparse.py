@@ -1,0 +1,189 @@
+"""Value tables under a row-sparse optimizer: frozen in ZeRO's eyes, stepped here.
+
+Phases of an optimizer step, and who holds what:
+
+1. *Lookup.* :class:`RowSparseShard` brings the distinct rows asked for up to date, copies them into
+   a table of their own, and lets the scheme's kernels read and accumulate there. Nothing of the
+   shard's size is touched.
+2. *Publish.* The gradients of all micro-batches (and of other copies of the table) are added by
+   row; their squared norm joins ZeRO's, so that logged norm and clipping are the whole model's.
+3. *Finish.* Once ZeRO has stepped the rest, the rows are stepped with the same clipping factor.
+
+Checkpoints hold one file per rank beside DeepSpeed's, in blocks like any other state, so that they
+load at other world sizes and schemes.
+
+Letters: R rows on this rank, V value width, U distinct rows of one lookup or step, P ranks.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ultramem_ds.checkpoint.state import MASTER
+from ultramem_ds.optim.decision import Decision
+from ultramem_ds.optim.row_adam import LazyRowAdam
+from ultramem_ds.sharding.blocks import Piece
+from ultramem_ds.sharding.comm import Comm
+from ultramem_ds.sharding.shard import OpenShard, TableShard
+from ultramem_ds.sharding.table_plan import ShardLayout, TableSpec
+from ultramem_ds.zero.tables import Zero3Tables, join_gradient_norm
+
+
+class RowSparseShard(TableShard):
+    """A shard whose gradient is kept by row: see the module's first phase.
+
+    Args:
+        spec, layout, read, replicas: as of :class:`TableShard`.
+        adam: steps the rows.
+    """
+
+    def __init__(
+        self,
+        spec: TableSpec,
+        layout: ShardLayout,
+        read: Callable[[], Tensor],
+        replicas: Comm,
+        adam: LazyRowAdam,
+    ) -> None:
+        super().__init__(spec, layout, read, replicas)
+        self.adam = adam
+        self._pending: list[tuple[Tensor, Tensor]] = []
+
+    def open(self, rows: Tensor) -> OpenShard:
+        """The rows asked for as a table of their own; gradients add up in one as small."""
+        rows_U, local_rows = torch.unique(rows, return_inverse=True)
+        self.adam.refresh(rows_U)
+        values_UV = self.values().index_select(0, rows_U)
+        if not torch.is_grad_enabled():
+            return OpenShard(values_UV, local_rows, None)
+        grad_UV = torch.zeros_like(values_UV, dtype=torch.float32)
+        self._pending.append((rows_U, grad_UV))
+        return OpenShard(values_UV, local_rows, grad_UV)
+
+    def take_gradient(self) -> tuple[Tensor, Tensor]:
+        """Distinct ascending rows and their gradients, summed over lookups and copies.
+
+        A collective among the copies; once per optimizer step. Empties what was accumulated.
+        """
+        rows_U, grad_UV = _add_by_row(self._pending)
+        self._pending = []
+        if self.replicas.world_size == 1:
+            return rows_U, grad_UV
+        counts_P = self.replicas.all_gather(rows_U.new_tensor([rows_U.numel()]), "counts").view(-1)
+        counts = counts_P.tolist()
+        padding = max(counts) - rows_U.numel()
+        rows_PU = self.replicas.all_gather(_pad(rows_U, padding), "gradients")
+        grad_PUV = self.replicas.all_gather(_pad(grad_UV, padding), "gradients")
+        return _add_by_row(
+            [(rows[:n], grad[:n]) for rows, grad, n in zip(rows_PU, grad_PUV, counts)]
+        )
+
+
+def _add_by_row(parts: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+    if len(parts) == 1:
+        return parts[0]
+    rows_U, place_M = torch.unique(torch.cat([rows for rows, _ in parts]), return_inverse=True)
+    grad_MV = torch.cat([grad for _, grad in parts])
+    grad_UV = grad_MV.new_zeros(rows_U.numel(), grad_MV.shape[1])
+    return rows_U, grad_UV.index_add_(0, place_M, grad_MV)
+
+
+def _pad(x_U: Tensor, count: int) -> Tensor:
+    return torch.cat([x_U, x_U.new_zeros((count, *x_U.shape[1:]))])
+
+
+class RowSparseTables(Zero3Tables):
+    """The value tables of one model on this rank, stepped by row: an ``OptimizerState`` too.
+
+    Args:
+        params: the tables' parameters, shards installed.
+        shards: in the same order.
+        names: of the parameters, in the same order.
+        comm: all ranks.
+    """
+
+    def __init__(
+        self,
+        params: Sequence[nn.Parameter],
+        shards: Sequence[RowSparseShard],
+        names: Sequence[str],
+        comm: Comm,
+    ) -> None:
+        super().__init__(params, shards, comm.world_size)
+        self.row_shards = list(shards)
+        self.names = list(names)
+        self.comm = comm
+        self._gradients: list[tuple[Tensor, Tensor]] = []
+        self._norm = torch.zeros(())
+        for param in self.params:
+            param.requires_grad_(False)
+
+    def keep_partitioned(self, engine: Any) -> None:
+        """As for any table; from here on ZeRO's norm includes the rows'."""
+        super().keep_partitioned(engine)
+        join_gradient_norm(engine, lambda: self._norm)
+
+    def publish_gradients(self) -> None:
+        """Collect the rows' gradients and their norm; before ``engine.step``."""
+        self._gradients = [shard.take_gradient() for shard in self.row_shards]
+        squares = [grad_UV.square().sum(dtype=torch.float64) for _, grad_UV in self._gradients]
+        # Every copy of a table counts it once: the sum over all ranks is that of all copies.
+        copies = self.row_shards[0].replicas.world_size
+        total = self.comm.all_reduce_(torch.stack(squares).sum())
+        self._norm = (total / copies).sqrt().float() / self.world_size
+
+    def finish_step(self, lr: float, decision: Decision) -> None:
+        """Step the rows if ZeRO stepped the rest, clipped alike."""
+        gradients, self._gradients = self._gradients, []
+        if not decision.apply:
+            return
+        scale = decision.grad_scale / self.world_size
+        for shard, (rows_U, grad_UV) in zip(self.row_shards, gradients):
+            shard.adam.update(rows_U, grad_UV, lr, scale)
+
+    @property
+    def num_buffers(self) -> int:
+        """One per table."""
+        return len(self.row_shards)
+
+    def pieces(self) -> list[Piece]:
+        """Whole shards, padding rows left out."""
+        blocks = [shard.layout.block(shard.spec) for shard in self.row_shards]
+        return [
+            Piece(name, index, 0, block)
+            for index, (name, block) in enumerate(zip(self.names, blocks))
+            if block.numel
+        ]
+
+    @contextlib.contextmanager
+    def open_buffer(self, index: int) -> Iterator[dict[str, Tensor]]:
+        """Masters and moments of one table, in place."""
+        adam = self.row_shards[index].adam
+        yield {
+            MASTER: adam.master_RV.view(-1),
+            "exp_avg": adam.exp_avg_RV.view(-1),
+            "exp_avg_sq": adam.exp_avg_sq_RV.view(-1),
+        }
+
+    def set_step(self, step: int) -> None:
+        """Every row has seen ``step`` updates."""
+        for shard in self.row_shards:
+            shard.adam.set_step(step)
+
+    def publish(self) -> None:
+        """Nothing: ``set_step`` has copied the masters."""
+
+    def saved(self) -> dict[str, Any]:
+        """What a checkpoint holds of this rank's tables, live, all rows up to date."""
+        flats: dict[str, list[Tensor]] = {}
+        for index, shard in enumerate(self.row_shards):
+            shard.adam.settle()
+            with self.open_buffer(index) as buffers:
+                for kind, flat in buffers.items():
+                    flats.setdefault(kind, []).append(flat)
+        return {"flats": flats, "step": self.row_shards[0].adam.step}
