@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
+from dataclasses import field
 from typing import Any
 
 from transformers import PreTrainedConfig
 
-FORMAT_VERSION = 1
+from ultramem_ds.exchange.architecture import FORMAT_VERSION, MODEL_TYPE
+
 KINDS = ("dense", "pkm", "moe", "ultramem")
 
 
@@ -18,7 +20,7 @@ class UltraMemConfig(PreTrainedConfig):
     top-m, n keys per side, E expansion, N physical rows, V value width, k convolution taps.
     """
 
-    model_type = "ultramem"
+    model_type = MODEL_TYPE
     keys_to_ignore_at_inference = ("past_key_values",)
     # The packed projection and the memory have no tensor-parallel plan: refused, not replicated.
     base_model_tp_plan = None
@@ -39,12 +41,12 @@ class UltraMemConfig(PreTrainedConfig):
     num_hidden_layers: int = 12
     num_attention_heads: int = 16  # A
     num_key_value_heads: int | None = None
-    head_dim: int | None = None
+    head_dim: int = 0  # A heads of D / A
     hidden_act: str = "gelu"
     norm_type: str = "layernorm"  # or rmsnorm; weight only
     norm_eps: float = 1e-5
     max_position_embeddings: int = 2048  # tokens
-    rope_parameters: dict[str, Any] | None = None
+    rope_parameters: dict[str, Any] = field(default_factory=dict)
     dropout: float = 0.0  # of embedding and residual outputs
     attention_dropout: float = 0.0
     initializer_range: float = 0.02
@@ -57,27 +59,27 @@ class UltraMemConfig(PreTrainedConfig):
     layer_types: list[str] | None = None
     number_of_conv_states: int = 1  # convolution states of one block's cache
 
-    num_experts: int | None = None
-    num_experts_per_tok: int | None = None
+    num_experts: int = 0
+    num_experts_per_tok: int = 0
     router_aux_loss_coef: float = 0.0  # weight of the balance loss in training
 
-    memory_spans: list[list[int]] | None = None  # [a, b], blocks counted from 1
-    memory_knum: int | None = None  # N = knum^2
-    memory_kdim: int | None = None
-    memory_value_dim: int | None = None  # V
-    memory_top_m: int | None = None  # m
-    memory_num_heads: int | None = None  # H
-    memory_tucker_rank: int | None = None  # r
-    memory_num_cores: int | None = None  # h
-    memory_expansion: int | None = None  # E
-    memory_retrieval: str | None = None  # tdqkr or product-key
-    memory_candidates: str | None = None
-    memory_query: str | None = None  # layout of the queries
+    memory_spans: list[list[int]] = field(default_factory=list)  # [a, b], blocks counted from 1
+    memory_knum: int = 0  # N = knum^2
+    memory_kdim: int = 0
+    memory_value_dim: int = 0  # V
+    memory_top_m: int = 0  # m
+    memory_num_heads: int = 0  # H
+    memory_tucker_rank: int = 1  # r
+    memory_num_cores: int = 1  # h
+    memory_expansion: int = 0  # E
+    memory_retrieval: str = "tdqkr"  # tdqkr or product-key
+    memory_candidates: str = "one-sided"
+    memory_query: str = "shared"  # layout of the queries
     memory_query_conv: int = 0  # k; 0 = none
-    memory_qk_norm: str | None = None
+    memory_qk_norm: str = "none"
     memory_softmax: bool = False
     memory_value_proj: bool = False
-    memory_shuffle: str | None = None
+    memory_shuffle: str = "none"
     memory_aux_loss_weight: float = 0.0
     memory_aux_loss_margin: float = 0.0
     memory_table_parts: int = 1  # tensors that a stored table is cut into
@@ -104,7 +106,7 @@ class UltraMemConfig(PreTrainedConfig):
         }
         if self.rope_parameters.get("rope_type", "default") != "default":
             raise ValueError(f"rope_parameters={self.rope_parameters}: rope_type must be default")
-        self.memory_spans = [list(span) for span in self.memory_spans or []]
+        self.memory_spans = [list(span) for span in self.memory_spans]
         if bool(self.memory_spans) != (self.kind in ("pkm", "ultramem")):
             raise ValueError(f"kind={self.kind} with memory_spans={self.memory_spans}")
         starts = [a for a, _ in self.memory_spans]
@@ -120,10 +122,10 @@ class UltraMemConfig(PreTrainedConfig):
 
     @property
     def memory_num_keys(self) -> int:
-        """n = sqrt(E) knum, keys per side."""
-        return math.isqrt(self.memory_expansion or 0) * (self.memory_knum or 0)
+        """Keys per side, n = sqrt(E) knum."""
+        return math.isqrt(self.memory_expansion) * self.memory_knum
 
     @property
     def memory_num_rows(self) -> int:
-        """N = knum^2, physical rows of one table."""
-        return (self.memory_knum or 0) ** 2
+        """Physical rows of one table, N = knum^2."""
+        return self.memory_knum**2

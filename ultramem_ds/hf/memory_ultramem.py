@@ -65,7 +65,7 @@ class UltraMemConv(nn.Module):
             doc_starts_BS: True at the first token of a packed document; taps do not cross it.
             past_key_values: holds the inputs before these, gets these.
         """
-        batch, seq_len, _ = x_BSD.shape
+        seq_len = x_BSD.shape[1]
         context_BDC = x_BSD.transpose(1, 2)
         if past_key_values is not None and self.reach:
             context_BDC = past_key_values.update_conv_state(
@@ -95,9 +95,7 @@ class UltraMemQuery(nn.Module):
         sizes = {"s": 2, "h": config.memory_num_heads, "r": config.memory_tucker_rank}
         self.group_sizes = tuple(sizes[letter] for letter in LAYOUTS[config.memory_query])
         self.kdim = config.memory_kdim
-        self.conv = (
-            UltraMemConv(config, layer_idx, state_idx) if config.memory_query_conv else None
-        )
+        self.conv = UltraMemConv(config, layer_idx, state_idx) if config.memory_query_conv else None
         self.proj = nn.Linear(
             config.hidden_size, math.prod(self.group_sizes) * config.memory_kdim, bias=False
         )

@@ -9,7 +9,6 @@ width, X experts, W vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,21 +17,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import initialization as init
 from transformers.cache_utils import Cache, DynamicCache
-from transformers.conversion_mapping import register_checkpoint_conversion_mapping
-from transformers.core_model_loading import Concatenate, MergeModulelist, WeightConverter
 from transformers.generation import GenerationMixin
 from transformers.integrations import use_experts_implementation
 from transformers.masking_utils import create_causal_mask, create_recurrent_attention_mask
-from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
-from transformers.modeling_utils import (
-    ALL_ATTENTION_FUNCTIONS,
-    PreTrainedModel,
-    slice_logits_to_keep,
-)
+from transformers.modeling_utils import PreTrainedModel, slice_logits_to_keep
 from transformers.utils.generic import can_return_tuple
 
+from ultramem_ds.hf.blocks_ultramem import UltraMemAttention, UltraMemBlock, UltraMemMLP
 from ultramem_ds.hf.configuration_ultramem import UltraMemConfig
+from ultramem_ds.hf.conversion_ultramem import register_conversion
 from ultramem_ds.hf.memory_ultramem import (
     BijectionShuffle,
     StoredShuffle,
@@ -45,85 +39,7 @@ from ultramem_ds.hf.memory_ultramem import (
     make_norm,
 )
 from ultramem_ds.model.init import gaussian_top_mean
-from ultramem_ds.model.transformer import rotary_tables, rotate
-
-
-def eager_attention(
-    module: nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Tensor | None,
-    scaling: float,
-    dropout: float = 0.0,
-    **kwargs: Any,
-) -> tuple[Tensor, Tensor]:
-    """Attention written out; ``(B, A, S, K)`` to ``(B, S, A, K)``, and its weights."""
-    scores = query @ key.transpose(2, 3) * scaling
-    if attention_mask is not None:
-        scores = scores + attention_mask
-    weights = F.softmax(scores, dim=-1, dtype=torch.float32).to(query.dtype)
-    dropped = F.dropout(weights, p=dropout, training=module.training)
-    return (dropped @ value).transpose(1, 2).contiguous(), weights
-
-
-class UltraMemAttention(nn.Module):
-    """Multi-head self-attention with rotary positions, one packed projection."""
-
-    def __init__(self, config: UltraMemConfig, layer_idx: int) -> None:
-        super().__init__()
-        self.config = config
-        self.layer_idx = layer_idx
-        self.head_dim = config.head_dim
-        self.num_key_value_groups = 1
-        self.scaling = config.head_dim**-0.5
-        self.is_causal = True
-        width = config.hidden_size
-        self.qkv_proj = nn.Linear(width, 3 * width, bias=False)
-        self.out_proj = nn.Linear(width, width, bias=False)
-
-    def forward(
-        self,
-        x_BSD: Tensor,
-        rotary: tuple[Tensor, Tensor],
-        attention_mask: Tensor | None,
-        past_key_values: Cache | None,
-        **kwargs: Any,
-    ) -> tuple[Tensor, Tensor | None]:
-        """Attend causally."""
-        B, S, _ = x_BSD.shape
-        qkv = self.qkv_proj(x_BSD).view(B, S, 3, -1, self.head_dim)
-        q_BASK, k_BASK, v_BASK = qkv.permute(2, 0, 3, 1, 4).unbind(0)
-        q_BASK, k_BASK = rotate(q_BASK, *rotary), rotate(k_BASK, *rotary)
-        if past_key_values is not None:
-            k_BASK, v_BASK = past_key_values.update(k_BASK, v_BASK, self.layer_idx)
-        attend: Callable[..., Any] = ALL_ATTENTION_FUNCTIONS.get_interface(
-            self.config._attn_implementation, eager_attention
-        )
-        out_BSAK, weights = attend(
-            self,
-            q_BASK,
-            k_BASK,
-            v_BASK,
-            attention_mask,
-            dropout=self.config.attention_dropout if self.training else 0.0,
-            scaling=self.scaling,
-            **kwargs,
-        )
-        return self.out_proj(out_BSAK.reshape(B, S, -1).contiguous()), weights
-
-
-class UltraMemMLP(nn.Module):
-    """Two linear maps around a GELU."""
-
-    def __init__(self, config: UltraMemConfig) -> None:
-        super().__init__()
-        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
-        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
-
-    def forward(self, x_BSD: Tensor) -> tuple[Tensor, None]:
-        """The MLP, and no balance loss."""
-        return self.down_proj(F.gelu(self.up_proj(x_BSD))), None
+from ultramem_ds.model.transformer import rotary_tables
 
 
 @use_experts_implementation(has_gate=False)
@@ -171,89 +87,7 @@ class UltraMemMoE(nn.Module):
         return self.experts(x_TD, experts_Tk, weights_Tk).view_as(x_BSD), balance_loss
 
 
-class UltraMemBlock(GradientCheckpointingLayer):
-    """Pre-norm block; also hands out the input of its MLP, which memory layers read."""
-
-    def __init__(self, config: UltraMemConfig, layer_idx: int) -> None:
-        super().__init__()
-        width, eps = config.hidden_size, config.norm_eps
-        self.attention_norm = make_norm(config.norm_type, width, eps)
-        self.attention = UltraMemAttention(config, layer_idx)
-        self.mlp_norm = make_norm(config.norm_type, width, eps)
-        self.mlp = UltraMemMoE(config) if config.kind == "moe" else UltraMemMLP(config)
-        self.dropout = nn.Dropout(config.dropout)
-
-    def forward(
-        self,
-        x_BSD: Tensor,
-        rotary: tuple[Tensor, Tensor],
-        attention_mask: Tensor | None,
-        past_key_values: Cache | None = None,
-        **kwargs: Any,
-    ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
-        """Residual stream, MLP input, balance loss, attention weights."""
-        attended, weights = self.attention(
-            self.attention_norm(x_BSD), rotary, attention_mask, past_key_values, **kwargs
-        )
-        x_BSD = x_BSD + self.dropout(attended)
-        mlp_input_BSD = self.mlp_norm(x_BSD)
-        y_BSD, balance_loss = self.mlp(mlp_input_BSD)
-        return x_BSD + self.dropout(y_BSD), mlp_input_BSD, balance_loss, weights
-
-
-class TableParts(Concatenate):
-    """Joins a table's parts in loading; a table that is one part stays the tensor it is."""
-
-    def __init__(self) -> None:
-        super().__init__(dim=0, num_shards_attribute="memory_table_parts")
-
-    @property
-    def reverse_op(self) -> CutTable:
-        """What saving does."""
-        return CutTable()
-
-
-class CutTable(TableParts):
-    """Cuts a table into ``config.memory_table_parts`` runs of rows in saving."""
-
-    def convert(
-        self,
-        input_dict: dict[str, Any],
-        source_patterns: list[str],
-        target_patterns: list[str],
-        **kwargs: Any,
-    ) -> dict[str, Tensor]:
-        """Parts by name; the whole table under its own name if that is one."""
-        (found,) = input_dict.values()
-        table_NV = found[0] if isinstance(found, list) else found
-        num_parts = kwargs["config"].memory_table_parts
-        if num_parts == 1:
-            name = kwargs["full_layer_name"].replace(target_patterns[0], source_patterns[0])
-            return {name: table_NV}
-        rows = -(-len(table_NV) // num_parts)
-        parts = table_NV.split(rows)
-        return {target_patterns[0].replace("*", str(p)): part for p, part in enumerate(parts)}
-
-    @property
-    def reverse_op(self) -> TableParts:
-        """What loading does."""
-        return TableParts()
-
-
-# From the tensors of an exported directory to this module's parameters.
-register_checkpoint_conversion_mapping(
-    UltraMemConfig.model_type,
-    [
-        WeightConverter("values.part_*.weight", "values.weight", [TableParts()]),
-        WeightConverter(
-            "mlp.experts.*.up_proj.weight", "mlp.experts.up_proj", [MergeModulelist(dim=0)]
-        ),
-        WeightConverter(
-            "mlp.experts.*.down_proj.weight", "mlp.experts.down_proj", [MergeModulelist(dim=0)]
-        ),
-    ],
-    overwrite=True,
-)
+register_conversion()
 
 
 class UltraMemPreTrainedModel(PreTrainedModel):
@@ -360,8 +194,10 @@ class UltraMemModel(UltraMemPreTrainedModel):
         super().__init__(config)
         self.embedding = nn.Embedding(config.vocab_size, config.hidden_size)
         self.dropout = nn.Dropout(config.dropout)
+        moe = config.kind == "moe"
         self.blocks = nn.ModuleList(
-            UltraMemBlock(config, i) for i in range(config.num_hidden_layers)
+            UltraMemBlock(config, i, UltraMemMoE(config) if moe else UltraMemMLP(config))
+            for i in range(config.num_hidden_layers)
         )
         blocks = range(1, config.num_hidden_layers + 1)
         spans = list(enumerate(config.memory_spans))
@@ -378,7 +214,7 @@ class UltraMemModel(UltraMemPreTrainedModel):
         """The embedding."""
         return self.embedding
 
-    def set_input_embeddings(self, value: nn.Module) -> None:
+    def set_input_embeddings(self, value: nn.Embedding) -> None:
         """Replace the embedding."""
         self.embedding = value
 
@@ -419,7 +255,9 @@ class UltraMemModel(UltraMemPreTrainedModel):
         elif attention_mask is None and past_key_values is None:
             steps_BS = position_ids.diff(dim=-1, prepend=position_ids[:, :1])
             doc_starts_BS = (steps_BS != 1).expand(x_BSD.shape[:2])
-        if not isinstance(masks := attention_mask, dict):
+        if isinstance(attention_mask, dict):
+            masks = attention_mask
+        else:
             masks = self._masks(x_BSD, attention_mask, past_key_values, position_ids)
         rotary = rotary_tables(
             position_ids, config.head_dim, config.rope_parameters["rope_theta"], x_BSD.dtype
@@ -442,11 +280,11 @@ class UltraMemModel(UltraMemPreTrainedModel):
                 x_BSD = x_BSD + pending.pop(j).to(x_BSD.device)
             states.append(x_BSD)
         x_BSD = self.final_norm(x_BSD)
-        wants_states = config.output_hidden_states if output_hidden_states is None else (
-            output_hidden_states
+        wants_states = (
+            config.output_hidden_states if output_hidden_states is None else (output_hidden_states)
         )
-        wants_attentions = config.output_attentions if output_attentions is None else (
-            output_attentions
+        wants_attentions = (
+            config.output_attentions if output_attentions is None else (output_attentions)
         )
         return UltraMemModelOutput(
             last_hidden_state=x_BSD,
@@ -462,8 +300,8 @@ class UltraMemModel(UltraMemPreTrainedModel):
         attention_mask: Tensor | None,
         past_key_values: Cache | None,
         position_ids: Tensor,
-    ) -> dict[str, Tensor | None]:
-        arguments = {
+    ) -> dict[str, Any]:
+        arguments: dict[str, Any] = {
             "config": self.config,
             "inputs_embeds": x_BSD,
             "attention_mask": attention_mask,
@@ -492,7 +330,7 @@ class UltraMemForCausalLM(UltraMemPreTrainedModel, GenerationMixin):
         """The embedding."""
         return self.model.embedding
 
-    def set_input_embeddings(self, value: nn.Module) -> None:
+    def set_input_embeddings(self, value: nn.Embedding) -> None:
         """Replace the embedding."""
         self.model.embedding = value
 
@@ -500,7 +338,7 @@ class UltraMemForCausalLM(UltraMemPreTrainedModel, GenerationMixin):
         """The head."""
         return self.lm_head
 
-    def set_output_embeddings(self, value: nn.Module) -> None:
+    def set_output_embeddings(self, value: nn.Linear) -> None:
         """Replace the head."""
         self.lm_head = value
 
