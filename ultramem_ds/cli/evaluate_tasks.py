@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 import sys
 
+from ultramem_ds.harness.names import split_names
+
 
 def evaluate_tasks(arguments: argparse.Namespace) -> int:
     """Check everything, load tasks, then the model; evaluate, print and write."""
@@ -91,9 +93,7 @@ def _check(arguments: argparse.Namespace) -> list[str]:
     Raises:
         ValueError: a number that cannot be, or an output that is a file.
     """
-    names = [name for name in arguments.tasks.split(",") if name]
-    if not names:
-        raise ValueError("--tasks names no task; `paper` is the group of the paper's ten")
+    names = split_names(arguments.tasks)
     if arguments.limit is not None and arguments.limit < 1:
         raise ValueError(
             f"--limit {arguments.limit} leaves nothing to evaluate; leave it out for all items"

@@ -11,7 +11,7 @@ from typing import Any
 from lm_eval.utils import handle_non_serializable
 
 from ultramem_ds.harness.summary import Row, average
-from ultramem_ds.telemetry.report import markdown_table
+from ultramem_ds.telemetry.markdown import markdown_table
 from ultramem_ds.utils.files import write_text
 
 JSON_FILE, TABLE_FILE = "results.json", "results.md"

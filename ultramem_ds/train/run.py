@@ -41,6 +41,10 @@ RESUMABLE_KEYS = frozenset(
         "train.micro_batch_size",
         "train.save_every",
         "train.stop_at_step",
+        "train.task_data",
+        "train.tasks",
+        "train.tasks_every",
+        "train.tasks_limit",
     }
 )
 
