@@ -19,7 +19,7 @@ from ultramem_ds.checkpoint.directory import find_checkpoint, read_trainer_state
 from ultramem_ds.checkpoint.reader import CheckpointReader
 from ultramem_ds.checkpoint.state import MASTER
 from ultramem_ds.config.load import from_dict
-from ultramem_ds.config.schema import Config
+from ultramem_ds.config.schema import Architecture, Config
 from ultramem_ds.model.lm import LanguageModel
 from ultramem_ds.planning.planner import resolve_partition
 from ultramem_ds.sharding.blocks import Block
@@ -75,6 +75,27 @@ def load_sharded_model(
         with _naming_others(checkpoint):
             config = _config_of(checkpoint)
         partition = resolve_partition(config, comm.world_size) if config.has_memory else ""
+    model, held = build_sharded_model(config, partition, comm, device, dtype)
+    with comm.raising_together(ValueError), _naming_others(checkpoint):
+        _fill(model, held, checkpoint)
+    return model.eval()
+
+
+def build_sharded_model(
+    config: Architecture, partition: str, comm: Comm, device: torch.device, dtype: torch.dtype
+) -> tuple[LanguageModel, Held]:
+    """A model without values of which every rank of ``comm`` holds its part.
+
+    Args:
+        config: what the model is.
+        partition: how tables are cut; a resolved ``memory.partition``.
+        comm: all ranks; they call this together.
+        device: of this rank.
+        dtype: of the weights.
+
+    Returns:
+        The model, and which rows and columns of its tables are here.
+    """
     make_mlp = None
     if config.model.kind == "moe":
         make_mlp = lambda _: ShardedExperts(config.model, config.moe, comm)  # noqa: E731
@@ -90,9 +111,7 @@ def load_sharded_model(
         )
         held = _cut_tables(model, config, groups, partition)
     model.to(dtype).to_empty(device=device)
-    with comm.raising_together(ValueError), _naming_others(checkpoint):
-        _fill(model, held, checkpoint)
-    return model.eval()
+    return model, held
 
 
 def _config_of(checkpoint: Path) -> Config:
@@ -108,7 +127,9 @@ def _naming_others(checkpoint: Path) -> Iterator[None]:
         raise ValueError(f"{error}; give --checkpoint another of {checkpoint.parent}") from None
 
 
-def _cut_tables(model: LanguageModel, config: Config, groups: TableGroups, partition: str) -> Held:
+def _cut_tables(
+    model: LanguageModel, config: Architecture, groups: TableGroups, partition: str
+) -> Held:
     """Leave this rank's block of every value table, and hand its layer the sharded lookup."""
     held: Held = {}
     names = {id(table): name for name, table in model.named_modules()}

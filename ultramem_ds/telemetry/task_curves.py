@@ -55,8 +55,9 @@ def tasks_table(runs: Sequence[dict[str, Any]]) -> str:
     names = task_names(runs)
     rows = []
     for run in runs:
-        last = run["tasks"][-1] if run["tasks"] else {"step": 0, "tasks": {}}
-        found = [last["tasks"].get(name) for name in names]
-        cells = ["-" if value is None else f"{value:.4f}" for value in found]
-        rows.append([run["name"], f"{last['step']}", *cells])
+        step, found = 0, dict[str, float]()
+        for record in run["tasks"]:
+            step, found = record["step"], record["tasks"]
+        cells = [f"{found[name]:.4f}" if name in found else "-" for name in names]
+        rows.append([run["name"], f"{step}", *cells])
     return markdown_table(["run", "step", *names], rows)
