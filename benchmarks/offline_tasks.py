@@ -124,7 +124,9 @@ def made_up(output: Path) -> None:
         for _ in range(SYNTHETIC):
             a, b, gold = draw.randint(2, 99), draw.randint(2, 99), draw.randint(0, 3)
             if name == "math":
-                records.append({"query": f"Q: {a} + {b} = ? A: The answer is", "answer": f"{a + b}"})
+                records.append(
+                    {"query": f"Q: {a} + {b} = ? A: The answer is", "answer": f"{a + b}"}
+                )
                 continue
             shown = [str(a + b + i - gold) for i in range(4)]
             choices = [f"({letter}){value}" for letter, value in zip("ABCD", shown)]

@@ -87,26 +87,48 @@ def random_pairs(count: int, seed: int = 0) -> list[tuple[str, str]]:
     return pairs[:count]
 
 
-def write_toy_tasks(root: Path, count: int = 32, seed: int = 0) -> dict[str, str]:
-    """``DIR/boolq`` and ``DIR/arc_challenge`` with answers that only a memory can know.
+def toy_records(count: int, seed: int = 0) -> tuple[dict[str, list[dict]], dict[str, str]]:
+    """Records of every kind of multiple-choice task, whose answers are drawn by lot.
 
     Returns:
-        The answer to each question as text, for a corpus that gives them away.
+        Records by task, in the schema of its data set; and for BoolQ and ARC's cloze format the
+        answer to each prompt, for a corpus that gives them away.
     """
     draw = random.Random(seed)
+    words = ["red", "sun", "map", "oak", "ice", "fog", "pen", "cup"]
+    records: dict[str, list[dict]] = {}
     answers: dict[str, str] = {}
-    boolq, arc = [], []
+
+    def add(task: str, **record: object) -> None:
+        records.setdefault(task, []).append(record)
+
     for i in range(count):
-        label = draw.randint(0, 1)
-        boolq.append({"passage": f"p{i}", "question": f"q{i}", "label": label})
+        label, four = draw.randint(0, 1), draw.randint(0, 3)
+        chosen = draw.sample(words, 4)
+        add("boolq", passage=f"p{i}", question=f"q{i}", label=label)
         answers[f"p{i}\nQuestion: q{i}?\nAnswer:"] = f" {('no', 'yes')[label]}"
-        key = draw.choice("ABCD")
-        words = draw.sample(["red", "sun", "map", "oak", "ice", "fog"], 4)
-        choices = {"text": words, "label": list("ABCD")}
-        arc.append({"question": f"w{i}", "choices": choices, "answerKey": key})
-        answers[f"Question: w{i}\nAnswer:"] = f" {words['ABCD'.index(key)]}"
-    for task, records in (("boolq", boolq), ("arc_challenge", arc)):
+        choices = {"text": chosen, "label": list("ABCD")}
+        add("arc_challenge", question=f"w{i}", choices=choices, answerKey="ABCD"[four])
+        answers[f"Question: w{i}\nAnswer:"] = f" {chosen[four]}"
+        add("mmlu_anatomy", question=f"m{i}", subject="anatomy", choices=chosen, answer=four)
+        add("hellaswag", ind=i, activity_label="a", ctx_a=f"h{i}", ctx_b="he", endings=chosen, label=str(four))  # fmt: skip
+        add("winogrande", sentence=f"s{i} _ went", option1=chosen[0], option2=chosen[1], answer=str(label + 1))  # fmt: skip
+        add("gpqa_main_zeroshot", **{"Question": f"g{i}", "Correct Answer": chosen[0], **{f"Incorrect Answer {n}": chosen[n] for n in (1, 2, 3)}})  # fmt: skip
+        add("agieval_sat_en", query=f"e{i} A:", choices=[f"({w})" for w in chosen], gold=[four])
+    return records, answers
+
+
+# The split that a task is evaluated on.
+_SPLITS = {"gpqa_main_zeroshot": "train", "mmlu_anatomy": "test", "agieval_sat_en": "test"}
+
+
+def write_toy_tasks(root: Path, count: int = 32) -> dict[str, str]:
+    """``DIR/TASK`` for every task of :func:`toy_records`; returns its answers."""
+    records, answers = toy_records(count)
+    for task, found in records.items():
         (root / task).mkdir(parents=True)
-        lines = "".join(json.dumps(record) + "\n" for record in records)
-        (root / task / "validation.jsonl").write_text(lines)
+        lines = "".join(json.dumps(record) + "\n" for record in found)
+        (root / task / f"{_SPLITS.get(task, 'validation')}.jsonl").write_text(lines)
+    dev = json.dumps(records["mmlu_anatomy"][0]) + "\n"
+    (root / "mmlu_anatomy" / "dev.jsonl").write_text(dev)
     return answers

@@ -15,13 +15,14 @@ from tests.harness_toys import (
     small_config,
     small_model,
 )
+from ultramem_ds.data.tokenizers import load_tokenizer
 from ultramem_ds.infer.generate import generate
 from ultramem_ds.infer.load import build_sharded_model
 from ultramem_ds.infer.sampling import Sampling
 from ultramem_ds.sharding.comm import Comm
 from ultramem_ds.testing.distributed import run_ranks
 
-pytestmark = pytest.mark.dist
+pytestmark = [pytest.mark.dist, pytest.mark.slow]
 
 PARTITIONS = {"pkm": "number-wise", "ultramem": "owner-pooled"}
 CPU = torch.device("cpu")
@@ -64,7 +65,7 @@ def ask(lm):
 def body(rank, world_size, tokenizer_dir):
     """Both answers of each kind on rank 0; and a plain generation with an idle rank."""
     comm = Comm()
-    tokenizer = byte_tokenizer(tokenizer_dir)
+    tokenizer = load_tokenizer(tokenizer_dir)
     found = {}
     for kind in KINDS:
         lm = harness_lm(sharded_model(kind, comm), tokenizer, peers=comm)
