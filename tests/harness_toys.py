@@ -111,9 +111,12 @@ def toy_records(count: int, seed: int = 0) -> tuple[dict[str, list[dict]], dict[
         add("arc_challenge", question=f"w{i}", choices=choices, answerKey="ABCD"[four])
         answers[f"Question: w{i}\nAnswer:"] = f" {chosen[four]}"
         add("mmlu_anatomy", question=f"m{i}", subject="anatomy", choices=chosen, answer=four)
-        add("hellaswag", ind=i, activity_label="a", ctx_a=f"h{i}", ctx_b="he", endings=chosen, label=str(four))  # fmt: skip
-        add("winogrande", sentence=f"s{i} _ went", option1=chosen[0], option2=chosen[1], answer=str(label + 1))  # fmt: skip
-        add("gpqa_main_zeroshot", **{"Question": f"g{i}", "Correct Answer": chosen[0], **{f"Incorrect Answer {n}": chosen[n] for n in (1, 2, 3)}})  # fmt: skip
+        scene = {"activity_label": "a", "ctx_a": f"h{i}", "ctx_b": "he"}
+        add("hellaswag", ind=i, **scene, endings=chosen, label=str(four))
+        options = {"option1": chosen[0], "option2": chosen[1]}
+        add("winogrande", sentence=f"s{i} _ went", **options, answer=str(label + 1))
+        wrong = {f"Incorrect Answer {n}": chosen[n] for n in (1, 2, 3)}
+        add("gpqa_main_zeroshot", **{"Question": f"g{i}", "Correct Answer": chosen[0]}, **wrong)
         add("agieval_sat_en", query=f"e{i} A:", choices=[f"({w})" for w in chosen], gold=[four])
     return records, answers
 

@@ -63,7 +63,8 @@ def test_results_are_lm_evals_json_and_a_table(trained, toys, tmp_path, capsys):
         (["--tasks", "bolq"], "unknown task 'bolq'; near ones: boolq"),
         (["--tasks", "boolq", "--task-data", "/nowhere"], "--task-data /nowhere: no such dir"),
         (["--tasks", "boolq", "--max-length", "1"], "--max-length 1 must be at least 2"),
-        (["--tasks", "boolq", "--window-overlap", "-1"], "--window-overlap -1 must be in"),
+        (["--tasks", "boolq", "--window-overlap", "32"], "--window-overlap 32 must be in [0, 32)"),
+        (["--tasks", "boolq", "--window-overlap", "-1"], "--window-overlap must not be negative"),
     ],
 )
 def test_bad_input_is_one_line_and_exit_code_2(arguments, message, trained, toys, capsys):

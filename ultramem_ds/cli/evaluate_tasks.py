@@ -100,8 +100,9 @@ def _check(arguments: argparse.Namespace) -> list[str]:
         )
     if arguments.max_length is not None and arguments.max_length < 2:
         raise ValueError(f"--max-length {arguments.max_length} must be at least 2")
-    if arguments.max_tokens < 0:
-        raise ValueError(f"--max-tokens {arguments.max_tokens} must not be negative")
+    for key in ("max_tokens", "window_overlap"):
+        if getattr(arguments, key) < 0:
+            raise ValueError(f"--{key.replace('_', '-')} must not be negative")
     output = arguments.output
     if output is not None and output.exists() and not output.is_dir():
         raise ValueError(f"--output {output} is a file; name a directory")
