@@ -6,14 +6,13 @@ Letters: B sequences, S tokens per sequence, D hidden, W vocabulary.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple, Protocol, TypedDict, cast
+from typing import Any, NamedTuple, Protocol, TypedDict, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
-from ultramem_ds.config.schema import Config
+from ultramem_ds.config.schema import Architecture
 from ultramem_ds.model.memory.layer import MemoryLayer, PendingMemory
 from ultramem_ds.model.memory.lookup import ValueTable
 from ultramem_ds.model.moe import MixtureOfExperts
@@ -22,12 +21,15 @@ from ultramem_ds.model.roles import tag
 from ultramem_ds.model.transformer import (
     AttentionContext,
     Block,
+    BlockOutput,
     DenseMLP,
     KVSlot,
     make_linear,
     make_norm,
     rotary_tables,
 )
+
+_NO_TARGET = -100  # no token has this id
 
 
 class StepInputs(NamedTuple):
@@ -66,20 +68,24 @@ class LanguageModel(nn.Module):
     """Embedding, blocks with memory layers beside them, final norm, head.
 
     Args:
-        config: resolved configuration.
+        config: what the model is; nothing of how it is trained.
         make_mlp: builds block i's MLP; the default is the one-process MLP of ``config.model.kind``.
         make_table: builds memory layer i's value table; the default is the whole table.
+
+    Attributes:
+        run_block: calls a block on its inputs (:mod:`ultramem_ds.model.recompute`).
     """
 
     def __init__(
         self,
-        config: Config,
+        config: Architecture,
         make_mlp: Callable[[int], nn.Module] | None = None,
         make_table: Callable[[int], ValueTable] | None = None,
     ) -> None:
         super().__init__()
         model, memory = config.model, config.memory
         self.config = config
+        self.run_block: Callable[..., BlockOutput] = _run
         make_mlp = make_mlp or (lambda _: local_mlp(config))
         make_table = make_table or (
             lambda i: ValueTable(memory.num_rows, memory.value_dim, table_index=i)
@@ -133,18 +139,14 @@ class LanguageModel(nn.Module):
             positions_BS, model.head_dim, model.rope_theta, x_BSD.dtype
         )
         context = AttentionContext(cos_BSK, sin_BSK, mask_BSS)
-        recompute = self.config.train.activation_checkpointing and self.training
         memories = self.memory_layers
         pending: dict[int, PendingMemory] = {}
         balance, counts, aux = [], [], []
         for i, block in enumerate(self.blocks):
             kv = None if state is None else state.kv[i]
-            if recompute:
-                out = checkpoint(block, x_BSD, context, kv, use_reentrant=False)
-            else:
-                out = block(x_BSD, context, kv)
+            out = self.run_block(block, x_BSD, context, kv)
             x_BSD = out.x_BSD
-            if out.balance_loss is not None:
+            if out.balance_loss is not None and out.expert_counts is not None:
                 balance.append(out.balance_loss)
                 counts.append(out.expert_counts)
             for j in self.placement.starts[i]:
@@ -166,9 +168,13 @@ class LanguageModel(nn.Module):
         tokens_BS1: Tensor,
         doc_begins_BS: Tensor | None = None,
         positions_BS: Tensor | None = None,
+        loss_mask_BS: Tensor | None = None,
         vocab_limit: int | None = None,
     ) -> LossTerms:
         """Next-token losses of ``(B, S + 1)`` token ids; see :meth:`hidden` for the rest.
+
+        The loss is the mean over the targets, with ``loss_mask_BS`` (bool) over those it marks,
+        and 0 if it marks none.
 
         ``vocab_limit`` masks the logits of the vocabulary's padding (evaluation); training leaves
         them in.
@@ -176,9 +182,15 @@ class LanguageModel(nn.Module):
         inputs_BS, targets_BS = tokens_BS1[:, :-1], tokens_BS1[:, 1:]
         x_BSD, balance, counts, aux = self.hidden(inputs_BS, doc_begins_BS, positions_BS)
         logits_BSW = self.head(x_BSD)
-        loss = F.cross_entropy(
-            logits_BSW[..., :vocab_limit].float().flatten(0, 1), targets_BS.reshape(-1)
-        )
+        scores_TW, targets_T = logits_BSW[..., :vocab_limit].flatten(0, 1), targets_BS.reshape(-1)
+        if loss_mask_BS is None:
+            loss = F.cross_entropy(scores_TW.float(), targets_T)
+        else:
+            targets_T = targets_T.masked_fill(~loss_mask_BS.flatten(), _NO_TARGET)
+            total = F.cross_entropy(
+                scores_TW.float(), targets_T, ignore_index=_NO_TARGET, reduction="sum"
+            )
+            loss = total / loss_mask_BS.sum().clamp_min(1)
         zero = loss.new_zeros(())
         config = self.config
         return LossTerms(
@@ -203,7 +215,12 @@ class LanguageModel(nn.Module):
             memory.mark_stale()
 
 
-def local_mlp(config: Config) -> nn.Module:
+def _run(block: nn.Module, *inputs: Any) -> BlockOutput:
+    out: BlockOutput = block(*inputs)
+    return out
+
+
+def local_mlp(config: Architecture) -> nn.Module:
     """The one-process MLP of a block."""
     if config.model.kind == "moe":
         return MixtureOfExperts(config.model, config.moe)

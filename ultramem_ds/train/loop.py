@@ -12,9 +12,11 @@ import torch
 from ultramem_ds.checkpoint import directory as checkpoints
 from ultramem_ds.config.load import to_dict
 from ultramem_ds.data.loader import BatchLoader
+from ultramem_ds.data.micro_batch import Boundaries
 from ultramem_ds.data.mixture import Mixture
 from ultramem_ds.data.skips import Range, SkipRanges, format_ranges
 from ultramem_ds.data.tokenizers import load_tokenizer
+from ultramem_ds.planning.batches import agree_on_batches
 from ultramem_ds.sharding.comm import Comm
 from ultramem_ds.telemetry.board import hyper_parameters
 from ultramem_ds.telemetry.memory_use import peak_memory_bytes
@@ -63,9 +65,10 @@ def train(run: Run) -> dict[str, Any]:
 def _train(run: Run, ranks: Ranks, phases: Phases, stop: StopRequest) -> dict[str, Any]:
     """What every rank does, from an empty process group to the summary."""
     config = run.config
-    done_step = 0
+    done_step = recorded = 0
     if run.resume_from is not None:
-        done_step = checkpoints.read_trainer_state(run.resume_from).step
+        state = checkpoints.read_trainer_state(run.resume_from)
+        done_step, recorded = state.step, state.micro_batch_size
     last_step = config.train.max_steps
     if config.train.stop_at_step:
         last_step = min(last_step, config.train.stop_at_step)
@@ -73,14 +76,16 @@ def _train(run: Run, ranks: Ranks, phases: Phases, stop: StopRequest) -> dict[st
         if ranks.is_main:
             print(f"{run.run_dir} is finished: step {done_step} of {last_step}", flush=True)
         return {"step": done_step}
+    batches = agree_on_batches(config, Comm(), ranks.device, recorded)
+    run = replace(run, batches=batches)
     engine = TrainEngine(config, ranks, run.deepspeed_json, run.batches, phases, stop)
-    state = None
+    loaded = None
     if run.resume_from is not None:
-        state = engine.load_last_good(run.run_dir)
-        done_step = state.step
+        loaded = engine.load_last_good(run.run_dir)
+        done_step = loaded.step
         if ranks.is_main:
             print(f"resuming {run.run_dir} from step {done_step}", flush=True)
-    skips = skips_of(run.skip_samples, state)
+    skips = skips_of(run.skip_samples, loaded)
     if skips.ranges and ranks.is_main:
         print(f"jumping over samples {format_ranges(skips.ranges)}", flush=True)
     return _Loop(run, ranks, engine, run.mixture, skips, done_step, last_step).run_to_end()
@@ -155,8 +160,7 @@ class _Loop:
             start_step=self.done_step,
             num_workers=self.config.data.num_workers,
             prefetch=self.config.data.prefetch,
-            document_mask=self.config.data.document_mask,
-            reset_positions=self.config.data.reset_positions,
+            boundaries=Boundaries.of(self.config.data),
             skips=self.skips,
         )
         try:
@@ -223,7 +227,9 @@ class _Loop:
             "learning rates": digest([g["lr"] for g in engine.engine.optimizer.param_groups]),
         }
         if at_start:
-            items["configuration"] = digest((to_dict(self.config), self.run.deepspeed_json))
+            items["configuration"] = digest(
+                (to_dict(self.config), self.run.deepspeed_json, self.run.batches)
+            )
             items["code"] = code_digest()
         self.desync.compare(items, everything=at_start)
 
@@ -295,12 +301,12 @@ class _Loop:
         self.engine.engine.eval()
         limit = self.run.vocab_size
         return evaluate(
-            lambda tokens: self.engine.model(tokens, vocab_limit=limit)["loss"],
+            lambda batch: self.engine.model(*batch.model_inputs, vocab_limit=limit)["loss"],
             self.run.data_dir,
-            self.config.model.seq_len,
-            self.run.batches.micro_batch_size,
-            self.config.train.eval_sequences,
-            Reader(
+            self.config,
+            micro_batch_size=self.run.batches.micro_batch_size,
+            max_sequences=self.config.train.eval_sequences,
+            reader=Reader(
                 self.ranks.rank,
                 self.ranks.world_size,
                 self.ranks.device,
