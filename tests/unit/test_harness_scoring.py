@@ -112,11 +112,11 @@ def test_generated_answers_are_the_plain_loops(kind, tokenizer):
 
 
 def test_a_stop_string_ends_an_answer_across_token_boundaries(tokenizer):
-    answer = Answer(tokenizer, ["</s>", "§"])
+    answer = Answer(tokenizer, [], ["</s>", "§"])
     text = "one </s"
     ended = [answer.push(token) for token in tokenizer.encode(text + ">two")]
     assert ended.index(True) == len(text)  # with the byte that completes it
-    answer = Answer(tokenizer, ["</s>", "§"])
+    answer = Answer(tokenizer, [], ["</s>", "§"])
     assert [answer.push(token) for token in tokenizer.encode("a§")] == [False, False, True]
     assert answer.text() == "a"
     assert cut_at("a.b,c", [",", ".", ""]) == "a"

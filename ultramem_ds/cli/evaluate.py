@@ -28,7 +28,8 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
         type=Path,
         required=True,
         metavar="PATH",
-        help="a run directory (its latest checkpoint) or one checkpoint under it",
+        help="a run directory (its latest checkpoint), one checkpoint under it, or an exported "
+        "directory",
     )
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--data", type=Path, metavar="DIR", help="directory written by `prepare`")
@@ -80,35 +81,35 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _evaluate_data(arguments: argparse.Namespace) -> int:
-    from ultramem_ds.data.tokenizers import load_tokenizer
+    from ultramem_ds.data.micro_batch import Boundaries
+    from ultramem_ds.data.same_tokenizer import require_same_tokenizer
     from ultramem_ds.infer.place import place
+    from ultramem_ds.infer.source import open_source
     from ultramem_ds.train.evaluate import Reader, evaluate
 
     if arguments.batch_size < 1 or arguments.max_sequences < 0:
         raise ValueError("--batch-size must be positive and --max-sequences not negative")
-    vocab_size = load_tokenizer(arguments.data).vocab_size
+    source = open_source(arguments.checkpoint)
+    vocab_size = require_same_tokenizer(source.tokenizer_dir, arguments.data).vocab_size
     with place() as here:
-        model = here.load(arguments.checkpoint, arguments.precision)
-        config = model.config
-        if vocab_size > config.model.vocab_size:
-            raise ValueError(
-                f"the tokenizer of {arguments.data} has {vocab_size} entries, the model only "
-                f"{config.model.vocab_size}: this checkpoint was trained with another tokenizer"
-            )
+        model = here.load(source, arguments.precision)
+        reader = Reader(device=here.device)
+        if here.comm is not None:
+            comm = here.comm
+            reader = Reader(comm.rank, comm.world_size, here.device, comm.all_reduce_)
         losses = evaluate(
-            lambda tokens: model(tokens, vocab_limit=vocab_size)["loss"],
+            lambda batch: model(*batch.model_inputs, vocab_limit=vocab_size)["loss"],
             arguments.data,
-            config.model.seq_len,
-            arguments.batch_size,
+            source.config,
+            micro_batch_size=arguments.batch_size,
             max_sequences=arguments.max_sequences,
-            reader=Reader(device=here.device)
-            if here.comm is None
-            else Reader(here.comm.rank, here.comm.world_size, here.device, here.comm.all_reduce_),
+            reader=reader,
         )
         is_main = here.is_main
     if not losses:
+        num_tokens = source.config.model.seq_len + 1
         raise ValueError(
-            f"{arguments.data} has no validation subset of at least {config.model.seq_len + 1} "
+            f"{arguments.data} has no validation subset of at least {num_tokens} "
             "tokens; prepare with a larger --validation-share"
         )
     if not is_main:
@@ -117,6 +118,7 @@ def _evaluate_data(arguments: argparse.Namespace) -> int:
         results = {n: {**asdict(r), "perplexity": r.perplexity} for n, r in losses.items()}
         print(json.dumps(results, indent=2))
         return 0
+    print(f"{Boundaries.of(source.config.data).describe()}, as in training")
     print(f"{'subset':<24}{'loss':>10}{'perplexity':>14}{'bits/byte':>12}{'tokens':>14}")
     for name, r in losses.items():
         print(

@@ -10,12 +10,6 @@ from ultramem_ds.harness.names import split_names
 
 def evaluate_tasks(arguments: argparse.Namespace) -> int:
     """Check everything, load tasks, then the model; evaluate, print and write."""
-    from ultramem_ds.checkpoint.directory import (
-        find_checkpoint,
-        read_trainer_state,
-        run_dir_of,
-        step_of,
-    )
     from ultramem_ds.data.tokenizers import load_tokenizer
     from ultramem_ds.harness.extra import require_lm_eval
     from ultramem_ds.infer.place import place
@@ -36,10 +30,10 @@ def evaluate_tasks(arguments: argparse.Namespace) -> int:
     from ultramem_ds.harness.summary import summarise
     from ultramem_ds.harness.tasks import load_tasks
     from ultramem_ds.infer.prepare import prepare_for_decoding
+    from ultramem_ds.infer.source import open_source
 
-    checkpoint = find_checkpoint(arguments.checkpoint)
-    preset = read_trainer_state(checkpoint).config["preset"]
-    tokenizer = load_tokenizer(run_dir_of(checkpoint))
+    source = open_source(arguments.checkpoint)
+    tokenizer = load_tokenizer(source.tokenizer_dir)
     with place() as here:
         tasks = None
         with here.peers.raising_together(ValueError):
@@ -47,7 +41,7 @@ def evaluate_tasks(arguments: argparse.Namespace) -> int:
                 tasks = load_tasks(
                     names, arguments.task_data, lambda text: len(tokenizer.encode(text))
                 )
-        model = here.load(checkpoint, arguments.precision)
+        model = here.load(source, arguments.precision)
         config, dtype = model.config, model.embedding.weight.dtype
         service = Service(
             prepare_for_decoding(model),
@@ -69,15 +63,15 @@ def evaluate_tasks(arguments: argparse.Namespace) -> int:
             lm,
             tasks,
             limit=arguments.limit,
-            checkpoint=str(checkpoint),
-            step=step_of(checkpoint),
-            preset=preset,
+            checkpoint=str(source.path),
+            step=source.step,
+            preset=source.config.preset,
             kind=config.model.kind,
             precision=str(dtype).removeprefix("torch."),
             device=str(here.device),
             partition=config.memory.partition if config.has_memory else "",
         )
-    rows = summarise(results, tasks, lm.cuts, preset)
+    rows = summarise(results, tasks, lm.cuts, source.config.preset)
     print(results_json(results, rows, facts) if arguments.json else results_markdown(rows, facts))
     for line in cut_lines(rows):
         print(f"WARNING: {line}", file=sys.stderr)

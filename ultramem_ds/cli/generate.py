@@ -23,7 +23,8 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
         type=Path,
         required=True,
         metavar="PATH",
-        help="a run directory (its latest checkpoint) or one checkpoint under it",
+        help="a run directory (its latest checkpoint), one checkpoint under it, or an exported "
+        "directory",
     )
     parser.add_argument(
         "--prompt",
@@ -43,12 +44,12 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Load, decode, and print: one prompt as it comes, several when all are done."""
-    from ultramem_ds.checkpoint.directory import run_dir_of
     from ultramem_ds.data.tokenizers import load_tokenizer
     from ultramem_ds.infer.generate import generate, stream
     from ultramem_ds.infer.place import place
     from ultramem_ds.infer.prepare import prepare_for_decoding
     from ultramem_ds.infer.sampling import Sampling
+    from ultramem_ds.infer.source import open_source
     from ultramem_ds.infer.text import Detokenizer
 
     sampling = Sampling(
@@ -58,16 +59,17 @@ def run(arguments: argparse.Namespace) -> int:
         top_p=arguments.top_p,
         seed=arguments.seed,
     )
-    tokenizer = load_tokenizer(run_dir_of(arguments.checkpoint))
+    source = open_source(arguments.checkpoint)
+    tokenizer = load_tokenizer(source.tokenizer_dir)
     prompts = [tokenizer.encode(text) or [tokenizer.eos_id] for text in arguments.prompt]
     limits: dict[str, Any] = {"eos_id": tokenizer.eos_id, "vocab_size": tokenizer.vocab_size}
     with place() as here:
-        model = prepare_for_decoding(here.load(arguments.checkpoint, arguments.precision))
+        model = prepare_for_decoding(here.load(source, arguments.precision))
         if len(prompts) == 1:
             mine = prompts if here.is_main else []
             if here.is_main:
                 print(arguments.prompt[0], end="", flush=True)
-            text = Detokenizer(tokenizer.decode)
+            text = Detokenizer(tokenizer, prompts[0])
             for new in stream(model, mine, sampling, **limits, peers=here.peers):
                 print(text.push(new.token), end="", flush=True)
             if here.is_main:
@@ -82,5 +84,6 @@ def run(arguments: argparse.Namespace) -> int:
         if here.is_main:
             for index, prompt in enumerate(arguments.prompt):
                 ids = parts[index % ranks][index // ranks]
-                print(f"{prompt}{tokenizer.decode(ids)}\n")
+                text = Detokenizer(tokenizer, prompts[index])
+                print(f"{prompt}{text.all(ids)}\n")
     return 0

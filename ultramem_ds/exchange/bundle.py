@@ -58,7 +58,8 @@ def standalone(source: str) -> str:
 class _Wanted:
     """Definitions and imports collected so far, dependencies first."""
 
-    imports: dict[str, set[str]] = field(default_factory=dict)  # module -> names; none: itself
+    modules: set[str] = field(default_factory=set)  # import ...
+    imports: dict[str, set[str]] = field(default_factory=dict)  # from ... import ...
     definitions: list[str] = field(default_factory=list)
     taken: dict[str, str] = field(default_factory=dict)  # name -> module
 
@@ -91,7 +92,7 @@ class _Wanted:
     def add_import(self, node: ast.Import | ast.ImportFrom, alias: ast.alias) -> None:
         """Collect one name of an import from outside this package."""
         if isinstance(node, ast.Import):
-            self.imports.setdefault(ast.unparse(alias), set())
+            self.modules.add(ast.unparse(alias))
         else:
             self.imports.setdefault(str(node.module), set()).add(ast.unparse(alias))
 
@@ -99,10 +100,8 @@ class _Wanted:
         """All imports, a line per module."""
         future = "__future__"
         ordered = sorted(self.imports, key=lambda module: (module != future, module))
-        return [
-            f"from {module} import {', '.join(sorted(names))}" if names else f"import {module}"
-            for module, names in ((module, self.imports[module]) for module in ordered)
-        ]
+        named = [f"from {name} import {', '.join(sorted(self.imports[name]))}" for name in ordered]
+        return [*named[:1], *(f"import {module}" for module in sorted(self.modules)), *named[1:]]
 
 
 def _names(node: ast.stmt) -> Iterator[str]:

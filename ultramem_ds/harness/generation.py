@@ -38,25 +38,22 @@ class Answer:
     tokens. Only what a further token can complete is looked at again.
     """
 
-    def __init__(self, tokenizer: Tokenizer, stops: Sequence[str]) -> None:
-        self.ids: list[int] = []
-        self._tokenizer = tokenizer
+    def __init__(self, tokenizer: Tokenizer, prompt: Tokens, stops: Sequence[str]) -> None:
         self._stops = [stop for stop in stops if stop]
         self._reach = max((len(stop) for stop in self._stops), default=0)
-        self._text = Detokenizer(tokenizer.decode)
-        self._tail = ""
+        self._detokenizer = Detokenizer(tokenizer, prompt)
+        self._text = ""
 
     def push(self, token: int) -> bool:
         """Add a token; whether the answer ends with it."""
-        self.ids.append(token)
-        self._tail += self._text.push(token)
-        ended = any(stop in self._tail for stop in self._stops)
-        self._tail = self._tail[-self._reach :] if self._reach else ""
-        return ended
+        piece = self._detokenizer.push(token)
+        self._text += piece
+        tail = self._text[-(self._reach + len(piece)) :]
+        return any(stop in tail for stop in self._stops)
 
     def text(self) -> str:
         """The answer without the stop string and what follows it."""
-        return cut_at(self._tokenizer.decode(self.ids), self._stops)
+        return cut_at(self._text + self._detokenizer.rest(), self._stops)
 
 
 @dataclass(frozen=True)
@@ -110,7 +107,7 @@ class Generator:
     def _run(
         self, prompts: Sequence[Prompt], indices: Sequence[int], sampling: Sampling
     ) -> dict[int, str]:
-        answers = [Answer(self.tokenizer, prompt.stops) for prompt in prompts]
+        answers = [Answer(self.tokenizer, prompt.tokens, prompt.stops) for prompt in prompts]
 
         def finished(new: NewToken) -> bool:
             return answers[new.sequence].push(new.token)

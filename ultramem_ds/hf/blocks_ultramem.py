@@ -16,7 +16,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from ultramem_ds.hf.configuration_ultramem import UltraMemConfig
-from ultramem_ds.hf.memory_ultramem import make_norm
+from ultramem_ds.hf.memory_ultramem import make_norm, residual_std
 from ultramem_ds.model.transformer import rotate
 
 
@@ -53,6 +53,7 @@ class UltraMemAttention(nn.Module):
         width = config.hidden_size
         self.qkv_proj = nn.Linear(width, 3 * width, bias=False)
         self.out_proj = nn.Linear(width, width, bias=False)
+        self.out_proj.init_std = residual_std(config)
 
     def forward(
         self,
@@ -92,6 +93,7 @@ class UltraMemMLP(nn.Module):
         super().__init__()
         self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
         self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+        self.down_proj.init_std = residual_std(config)
 
     def forward(self, x_BSD: Tensor) -> tuple[Tensor, None]:
         """The MLP, and no balance loss."""

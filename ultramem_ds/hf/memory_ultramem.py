@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from transformers.cache_utils import Cache
 
 from ultramem_ds.hf.configuration_ultramem import UltraMemConfig
+from ultramem_ds.model.init import gaussian_top_mean
 from ultramem_ds.model.memory.expansion import round_tables, shuffle_seed
 from ultramem_ds.model.memory.keys import Fingerprint
 from ultramem_ds.model.memory.losses import tucker_aux_loss
@@ -37,6 +38,11 @@ def make_norm(norm_type: str, width: int, eps: float) -> nn.Module:
     if norm_type == "layernorm":
         return nn.LayerNorm(width, eps=eps, bias=False)
     return nn.RMSNorm(width, eps=eps)
+
+
+def residual_std(config: UltraMemConfig) -> float:
+    """Initial standard deviation of matrices that write to the residual stream."""
+    return config.initializer_range / (2 * config.num_hidden_layers) ** 0.5
 
 
 class UltraMemConv(nn.Module):
@@ -100,6 +106,13 @@ class UltraMemQuery(nn.Module):
             config.hidden_size, math.prod(self.group_sizes) * config.memory_kdim, bias=False
         )
         self.norm = make_norm(config.memory_qk_norm, config.memory_kdim, config.norm_eps)
+        if config.memory_retrieval == "tdqkr":  # makes the mean selected score 1 (Appendix A)
+            num_slots = config.memory_expansion * config.memory_num_rows
+            gain = gaussian_top_mean(num_slots, config.memory_top_m) ** -0.5
+            if isinstance(self.norm, nn.Identity):
+                self.proj.init_std = gain / config.hidden_size**0.5
+            else:
+                self.norm.init_value = gain
 
     def forward(
         self, x_BSD: Tensor, doc_starts_BS: Tensor | None, past_key_values: Cache | None
@@ -122,6 +135,7 @@ class UltraMemKeys(nn.Module):
         )
         self.weight = nn.Parameter(torch.empty(2, heads, config.memory_num_keys, rank, width))
         self.norm = make_norm(config.memory_qk_norm, width, config.norm_eps)
+        self.norm.init_value = width**-0.5
         self._kept: tuple[list[Fingerprint], Tensor] | None = None
 
     def __getstate__(self) -> dict[str, Any]:
@@ -350,6 +364,10 @@ class UltraMemMemory(nn.Module):
             if config.memory_value_proj
             else None
         )
+        if self.value_proj is not None:
+            inputs = self.value_proj.in_features
+            paper = config.memory_retrieval == "tdqkr"
+            self.value_proj.init_std = inputs**-0.5 if paper else residual_std(config)
         self.dropout = nn.Dropout(config.dropout)
 
     def forward(

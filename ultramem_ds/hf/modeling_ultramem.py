@@ -24,7 +24,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutpu
 from transformers.modeling_utils import PreTrainedModel, slice_logits_to_keep
 from transformers.utils.generic import can_return_tuple
 
-from ultramem_ds.hf.blocks_ultramem import UltraMemAttention, UltraMemBlock, UltraMemMLP
+from ultramem_ds.hf.blocks_ultramem import UltraMemBlock, UltraMemMLP
 from ultramem_ds.hf.configuration_ultramem import UltraMemConfig
 from ultramem_ds.hf.conversion_ultramem import register_conversion
 from ultramem_ds.hf.memory_ultramem import (
@@ -34,11 +34,10 @@ from ultramem_ds.hf.memory_ultramem import (
     UltraMemCore,
     UltraMemKeys,
     UltraMemMemory,
-    UltraMemQuery,
     UltraMemTable,
     make_norm,
+    residual_std,
 )
-from ultramem_ds.model.init import gaussian_top_mean
 from ultramem_ds.model.transformer import rotary_tables
 
 
@@ -65,19 +64,27 @@ class UltraMemExperts(nn.Module):
         return y_TD.to(x_TD.dtype)
 
 
+class UltraMemGate(nn.Linear):
+    """The gate's logits, in fp32 whatever the weights are."""
+
+    def forward(self, x_TD: Tensor) -> Tensor:
+        """``(T, D)`` to ``(T, X)``."""
+        return F.linear(x_TD.float(), self.weight.float())
+
+
 class UltraMemMoE(nn.Module):
     """Top-k gated experts; nothing is dropped."""
 
     def __init__(self, config: UltraMemConfig) -> None:
         super().__init__()
         self.top_k = config.num_experts_per_tok
-        self.gate = nn.Linear(config.hidden_size, config.num_experts, bias=False)
+        self.gate = UltraMemGate(config.hidden_size, config.num_experts, bias=False)
         self.experts = UltraMemExperts(config)
 
     def forward(self, x_BSD: Tensor) -> tuple[Tensor, Tensor]:
         """The weighted sum, and the unweighted balance loss (Fedus et al., 2022)."""
         x_TD = x_BSD.flatten(0, 1)
-        gates_TX = F.linear(x_TD.float(), self.gate.weight.float()).softmax(dim=-1)
+        gates_TX = self.gate(x_TD).softmax(dim=-1)
         weights_Tk, experts_Tk = gates_TX.topk(self.top_k, dim=-1)
         num_experts = gates_TX.shape[-1]
         first_TX = F.one_hot(experts_Tk[:, 0], num_experts).float()
@@ -133,26 +140,22 @@ class UltraMemPreTrainedModel(PreTrainedModel):
         Buffers are computed, not drawn.
         """
         config = self.config
-        std = config.initializer_range
-        residual_std = std / (2 * config.num_hidden_layers) ** 0.5
         tucker = config.memory_retrieval == "tdqkr"
         if isinstance(module, nn.LayerNorm | nn.RMSNorm):
-            init.ones_(module.weight)
+            init.constant_(module.weight, getattr(module, "init_value", 1.0))
         elif isinstance(module, nn.Embedding):
             init.normal_(module.weight, std=config.embedding_initializer_range)
         elif isinstance(module, nn.Linear):
-            init.normal_(module.weight, std=std)
+            init.normal_(module.weight, std=getattr(module, "init_std", config.initializer_range))
         elif isinstance(module, UltraMemExperts):
-            init.normal_(module.up_proj, std=std)
-            init.normal_(module.down_proj, std=residual_std)
+            init.normal_(module.up_proj, std=config.initializer_range)
+            init.normal_(module.down_proj, std=residual_std(config))
         elif isinstance(module, UltraMemConv):  # the identity
             taps = torch.zeros_like(module.weight)
             taps[-1] = 1
             init.copy_(module.weight, taps)
         elif isinstance(module, UltraMemKeys):
             init.normal_(module.weight, std=config.memory_kdim**-0.5)
-            if config.memory_qk_norm != "none":
-                init.constant_(module.norm.weight, config.memory_kdim**-0.5)
         elif isinstance(module, UltraMemCore):
             rank = config.memory_tucker_rank
             init.normal_(module.core, std=1 / (rank * config.memory_num_cores**0.5))
@@ -166,18 +169,6 @@ class UltraMemPreTrainedModel(PreTrainedModel):
             selected = 2 * config.memory_top_m * config.memory_num_heads * config.num_hidden_layers
             paper = (config.memory_expansion / selected) ** 0.5
             init.normal_(module.weight, std=paper if tucker else config.memory_value_dim**-0.5)
-        # After their children: those above belong to one of these.
-        elif isinstance(module, UltraMemAttention):
-            init.normal_(module.out_proj.weight, std=residual_std)
-        elif isinstance(module, UltraMemMLP):
-            init.normal_(module.down_proj.weight, std=residual_std)
-        elif isinstance(module, UltraMemQuery) and tucker and config.memory_qk_norm != "none":
-            num_slots = config.memory_expansion * config.memory_num_rows
-            gain = gaussian_top_mean(num_slots, config.memory_top_m) ** -0.5
-            init.constant_(module.norm.weight, gain)
-        elif isinstance(module, UltraMemMemory) and module.value_proj is not None:
-            width = module.value_proj.in_features
-            init.normal_(module.value_proj.weight, std=width**-0.5 if tucker else residual_std)
 
 
 @dataclass

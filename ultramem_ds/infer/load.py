@@ -1,25 +1,21 @@
-"""A training checkpoint of any world size and partition scheme as a model for inference.
+"""A trained model of any world size and partition scheme, loaded for inference.
 
 On one process it is the whole model; over the ranks of a group every rank holds its blocks of the
-value tables and its experts, and all of the rest. Weights are copied block by block from the old
-ranks' files, which are mapped and not read as a whole, into parameters of the wanted dtype.
+value tables and its experts, and all of the rest. Weights are copied block by block from mapped
+files into parameters of the wanted dtype: nothing is allocated in another.
 """
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 
 import torch
 from torch import nn
 
-from ultramem_ds.checkpoint.directory import find_checkpoint, read_trainer_state
-from ultramem_ds.checkpoint.reader import CheckpointReader
-from ultramem_ds.checkpoint.state import MASTER
-from ultramem_ds.config.load import from_dict
-from ultramem_ds.config.schema import Architecture, Config
+from ultramem_ds.checkpoint.parameters import parameter_records
+from ultramem_ds.config.schema import Architecture
+from ultramem_ds.infer.source import Source, naming_others, open_source
 from ultramem_ds.model.lm import LanguageModel
 from ultramem_ds.planning.planner import resolve_partition
 from ultramem_ds.sharding.blocks import Block
@@ -37,32 +33,35 @@ Held = dict[str, Block]
 def load_model(
     path: Path, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
 ) -> LanguageModel:
-    """Load a run's latest checkpoint, or one checkpoint, for inference on one process.
+    """Load a run's latest checkpoint, one checkpoint, or an exported directory.
 
     Args:
-        path: a run directory or a checkpoint directory.
+        path: see ``infer/source``.
         device: where the model goes.
-        dtype: of its weights; the checkpoint's are fp32 masters. Nothing is allocated in another.
+        dtype: of its weights.
 
     Returns:
-        The model in evaluation mode.
+        The model in evaluation mode, on one process.
 
     Raises:
-        ValueError: if the checkpoint is incomplete, damaged or does not fit its own configuration.
+        ValueError: if it is incomplete, damaged or does not fit its own configuration.
     """
-    checkpoint = find_checkpoint(path)
-    with _naming_others(checkpoint):
-        with torch.device("meta"):
-            model = LanguageModel(_config_of(checkpoint))
-        model.to(dtype).to_empty(device=device)
-        _fill(model, {}, checkpoint)
+    return load_whole(open_source(path), device, dtype)
+
+
+def load_whole(source: Source, device: torch.device | str, dtype: torch.dtype) -> LanguageModel:
+    """Load a model on one process; see :func:`load_model`."""
+    with torch.device("meta"):
+        model = LanguageModel(source.config)
+    model.to(dtype).to_empty(device=device)
+    _fill(model, {}, source)
     return model.eval()
 
 
-def load_sharded_model(
-    path: Path, comm: Comm, device: torch.device, dtype: torch.dtype = torch.float32
+def load_sharded(
+    source: Source, comm: Comm, device: torch.device, dtype: torch.dtype
 ) -> LanguageModel:
-    """Load a checkpoint over the ranks of ``comm``, all together; see :func:`load_model`.
+    """Load a model over the ranks of ``comm``, all together.
 
     Tables are sharded as ``memory.partition`` and ``memory.shard_group_size`` say for this number
     of ranks, experts evenly; every forward is a sequence of collectives from then on.
@@ -70,14 +69,12 @@ def load_sharded_model(
     Raises:
         ValueError: on every rank; see :func:`load_model`, or tables cannot be cut so.
     """
+    config = source.config
     with comm.raising_together(ValueError):
-        checkpoint = find_checkpoint(path)
-        with _naming_others(checkpoint):
-            config = _config_of(checkpoint)
         partition = resolve_partition(config, comm.world_size) if config.has_memory else ""
     model, held = build_sharded_model(config, partition, comm, device, dtype)
-    with comm.raising_together(ValueError), _naming_others(checkpoint):
-        _fill(model, held, checkpoint)
+    with comm.raising_together(ValueError):
+        _fill(model, held, source)
     return model.eval()
 
 
@@ -114,19 +111,6 @@ def build_sharded_model(
     return model, held
 
 
-def _config_of(checkpoint: Path) -> Config:
-    return from_dict(read_trainer_state(checkpoint).config)
-
-
-@contextlib.contextmanager
-def _naming_others(checkpoint: Path) -> Iterator[None]:
-    """Say where other checkpoints are if this one cannot be used."""
-    try:
-        yield
-    except ValueError as error:
-        raise ValueError(f"{error}; give --checkpoint another of {checkpoint.parent}") from None
-
-
 def _cut_tables(
     model: LanguageModel, config: Architecture, groups: TableGroups, partition: str
 ) -> Held:
@@ -145,17 +129,15 @@ def _cut_tables(
 
 
 @torch.no_grad()
-def _fill(model: LanguageModel, held: Held, checkpoint: Path) -> None:
-    reader = CheckpointReader(checkpoint)
-    for name, param in model.named_parameters():
-        record = reader.parameters.get(name)
-        if record is None or (name not in held and record.shape != tuple(param.shape)):
-            raise ValueError(f"{checkpoint} does not hold {name} of shape {tuple(param.shape)}")
-        block = held.get(name, record.block)
-        # A block of rows may be padded beyond the table's last one: those rows are never asked for.
-        values_RC = param.view(-1, block.num_columns)[: block.num_rows]
-        reader.read(name, MASTER, block, values_RC)
-    buffers = dict(model.named_buffers())
-    for name, value in reader.buffers().items():
-        buffers[name].copy_(value)
+def _fill(model: LanguageModel, held: Held, source: Source) -> None:
+    records = parameter_records(source.config)
+    with naming_others(source.path):
+        for name, param in model.named_parameters():
+            block = held.get(name, records[name].block)
+            # Rows may be padded beyond the table's last one: those are never asked for.
+            values_RC = param.view(-1, block.num_columns)[: block.num_rows]
+            source.weights.read(name, block, values_RC)
+        buffers = dict(model.named_buffers())
+        for name, value in source.weights.buffers().items():
+            buffers[name].copy_(value)
     model.mark_stale()

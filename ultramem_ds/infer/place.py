@@ -10,13 +10,13 @@ import contextlib
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Literal, TypeAlias
 
 import torch
 
-from ultramem_ds.infer.load import load_model, load_sharded_model
+from ultramem_ds.infer.load import load_sharded, load_whole
 from ultramem_ds.infer.peers import ALONE, Peers
+from ultramem_ds.infer.source import Source
 from ultramem_ds.model.lm import LanguageModel
 from ultramem_ds.sharding.comm import Comm
 from ultramem_ds.zero.runtime import runtime
@@ -47,11 +47,11 @@ class Place:
         """Whether this process prints and writes."""
         return self.peers.rank == 0
 
-    def load(self, path: Path, precision: Precision = "auto") -> LanguageModel:
-        """A checkpoint's model: whole on one process, else this rank's part with sharded lookups.
+    def load(self, source: Source, precision: Precision = "auto") -> LanguageModel:
+        """A trained model: whole on one process, else this rank's part with sharded lookups.
 
         Args:
-            path: a run directory or a checkpoint directory.
+            source: of ``infer.source.open_source``.
             precision: of the weights.
 
         Raises:
@@ -59,8 +59,8 @@ class Place:
         """
         dtype = resolve_dtype(precision, self.device)
         if self.comm is None:
-            return load_model(path, self.device, dtype)
-        return load_sharded_model(path, self.comm, self.device, dtype)
+            return load_whole(source, self.device, dtype)
+        return load_sharded(source, self.comm, self.device, dtype)
 
 
 def resolve_dtype(precision: Precision, device: torch.device) -> torch.dtype:

@@ -12,6 +12,7 @@ import torch
 from ultramem_ds.checkpoint import directory as checkpoints
 from ultramem_ds.config.load import to_dict
 from ultramem_ds.data.loader import BatchLoader
+from ultramem_ds.data.micro_batch import Boundaries
 from ultramem_ds.data.mixture import Mixture
 from ultramem_ds.data.skips import Range, SkipRanges, format_ranges
 from ultramem_ds.data.tokenizers import load_tokenizer
@@ -178,8 +179,7 @@ class _Loop:
             start_step=self.done_step,
             num_workers=self.config.data.num_workers,
             prefetch=self.config.data.prefetch,
-            document_mask=self.config.data.document_mask,
-            reset_positions=self.config.data.reset_positions,
+            boundaries=Boundaries.of(self.config.data),
             skips=self.skips,
         )
         try:
@@ -335,12 +335,12 @@ class _Loop:
         self.engine.engine.eval()
         limit = self.run.vocab_size
         return evaluate(
-            lambda tokens: self.engine.model(tokens, vocab_limit=limit)["loss"],
+            lambda batch: self.engine.model(*batch.model_inputs, vocab_limit=limit)["loss"],
             self.run.data_dir,
-            self.config.model.seq_len,
-            self.run.batches.micro_batch_size,
-            self.config.train.eval_sequences,
-            Reader(
+            self.config,
+            micro_batch_size=self.run.batches.micro_batch_size,
+            max_sequences=self.config.train.eval_sequences,
+            reader=Reader(
                 self.ranks.rank,
                 self.ranks.world_size,
                 self.ranks.device,
