@@ -25,7 +25,7 @@ import datasets
 import lm_eval.tasks
 from lm_eval.tasks._yaml_loader import load_yaml
 
-AGIEVAL = [
+AGIEVAL = (
     "aqua_rat",
     "gaokao_english",
     "logiqa_en",
@@ -36,7 +36,7 @@ AGIEVAL = [
     "sat_en_without_passage",
     "sat_en",
     "sat_math",
-]
+)
 SYNTHETIC = 40  # records of each made-up task
 
 
