@@ -401,9 +401,10 @@ def test_outputs_are_no_inputs(tmp_path, tokenizer):
         prepare([tmp_path / "in"], tmp_path / "in" / name, tokenizer)
         prepare([tmp_path / "in"], tmp_path / "in" / name, tokenizer)
     assert load_manifest(tmp_path / "in/two").account["not_input"] == {
-        "output of prepare": ["one/"],
-        "the output directory": ["two/"],
+        "output of prepare": ["one/"]
     }
+    found = survey([str(tmp_path / "in")], None, {tmp_path / "in/two": "the output directory"})
+    assert {entry.name for entry in found.skipped} == {"one/", "two/"}
     with pytest.raises(ValueError, match="is the output directory"):
         prepare([tmp_path / "in"], tmp_path / "in", tokenizer)
     shutil.copy(tokenizer, tmp_path / "in/t.json")

@@ -98,7 +98,7 @@ class _Walk:
         names = {entry.name for entry in entries}
         for entry in entries:
             at = below / entry.name
-            directory = entry.is_dir()
+            directory = os.path.isdir(entry)  # which takes a link to itself for none
             if entry.name.startswith("."):
                 self._skip(at, "hidden", directory=directory)
             elif directory and {"blobs", "snapshots"} <= names and entry.name in ("blobs", "refs"):
