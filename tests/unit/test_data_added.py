@@ -53,7 +53,10 @@ def test_validation_joins_a_finished_directory(finished, tmp_path):
     assert info.documents == 39 and info.text_bytes == sum(len(t.encode()) for t in texts)
     verify(finished)
     sequences = ValidationSet(finished, "c4_validation", 16)
-    assert sequences[0].tolist() == small_tokenizer().encode_documents(texts, np.int64)[0][:17].tolist()
+    assert (
+        sequences[0].tolist()
+        == small_tokenizer().encode_documents(texts, np.int64)[0][:17].tolist()
+    )
 
 
 def test_the_overlap_is_reported(finished, tmp_path):

@@ -66,7 +66,9 @@ def test_other_spellings_of_chats():
     assert [s.text for s in segments if s.answer] == ["hello"]
     open_end = segments_of({"messages": CHAT[:4]}, "chat")
     ids, _, mask = encode_answers(small_tokenizer(), [open_end], np.uint16)
-    assert ids[-1] == small_tokenizer().eos_id and mask[-1] == 0, "the user's last word is no answer"
+    assert ids[-1] == small_tokenizer().eos_id and mask[-1] == 0, (
+        "the user's last word is no answer"
+    )
 
 
 def test_completions():
@@ -75,7 +77,9 @@ def test_completions():
     alpaca = {"instruction": "do", "input": "this", "output": "done"}
     assert segments_of(alpaca, "completion")[0].text == "do\n\nthis"
     ids, _, mask = encode_answers(
-        small_tokenizer(), [segments_of({"prompt": "", "completion": "abc"}, "completion")], np.uint16
+        small_tokenizer(),
+        [segments_of({"prompt": "", "completion": "abc"}, "completion")],
+        np.uint16,
     )
     assert mask.tolist() == [0, *[1] * (len(ids) - 1)], "nothing predicts a document's first token"
 
@@ -121,9 +125,7 @@ def prepared_answers(tmp_path_factory):
     """Prompts with answers, and one plain subset beside them made apart."""
     root = tmp_path_factory.mktemp("answers")
     small_tokenizer().save(root)
-    rows = [
-        {"prompt": f"Q {text[:9]}\nA", "completion": text[9:]} for text in make_texts(100, 200)
-    ]
+    rows = [{"prompt": f"Q {text[:9]}\nA", "completion": text[9:]} for text in make_texts(100, 200)]
     (root / "qa.jsonl").write_bytes(lines_of([*rows, {"prompt": "no answer"}]))
     config = PrepareConfig(validation_share=0.2, reading=ReadOptions(format="completion"))
     prepare([root / "qa.jsonl"], root / "data", root / "tokenizer.json", config)
@@ -141,9 +143,7 @@ def test_the_mask_lies_beside_the_tokens(prepared_answers):
         assert mask.shape == (info.tokens,)
         for ids, begin in zip(dataset, dataset.offsets // 2):
             found.append(counted(small_tokenizer(), ids, mask[begin : begin + len(ids)]))
-    expected = [
-        (f"{row['prompt']}{row['completion']}|", [f"{row['completion']}|"]) for row in rows
-    ]
+    expected = [(f"{row['prompt']}{row['completion']}|", [f"{row['completion']}|"]) for row in rows]
     assert sorted(found) == sorted(expected)
     assert manifest.bad_records == {"no completion / answer / response / output": 1}
     verify(data)
@@ -211,7 +211,9 @@ def test_the_loss_is_the_mean_over_answers(preset):
     torch.testing.assert_close(loss, nats[mask].mean(), rtol=1e-5, atol=0)
     none = model(tokens, loss_mask_BS=torch.zeros_like(mask))["loss"]
     assert none.item() == 0 and torch.autograd.grad(none, model.head.weight)[0].abs().max() == 0
-    torch.testing.assert_close(model(tokens, loss_mask_BS=torch.ones_like(mask))["loss"], nats.mean())
+    torch.testing.assert_close(
+        model(tokens, loss_mask_BS=torch.ones_like(mask))["loss"], nats.mean()
+    )
 
 
 def test_validation_counts_answers_alone(prepared_answers):

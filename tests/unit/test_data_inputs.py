@@ -199,7 +199,9 @@ def test_json_layouts(tmp_path):
             path = put(tmp_path / "x.json", archive(content.encode()))
             assert look(path)[:2] == (TEXTS, []), content[:60]
     put(path, json.dumps({"data": rows}).encode())
-    assert look(path)[1] == ["no text / raw_content / content, but a list under data: write one a line"]
+    assert look(path)[1] == [
+        "no text / raw_content / content, but a list under data: write one a line"
+    ]
     put(path, json.dumps(rows).encode()[:-40])
     with pytest.raises(ValueError, match=r"x\.json: the record that begins at character \d+ is no"):
         look(path)
@@ -410,4 +412,3 @@ def test_outputs_are_no_inputs(tmp_path, tokenizer):
     shutil.copy(tokenizer, tmp_path / "in/t.json")
     manifest = prepare([tmp_path / "in"], tmp_path / "out", tmp_path / "in/t.json")
     assert manifest is not None and manifest.account["not_input"]["the tokenizer"] == ["t.json"]
-

@@ -1,4 +1,4 @@
-"""Which file a tokenizer is, what ends its texts, what it loses, and text that streams out of it."""
+"""Which file a tokenizer is, what ends its texts, what it loses, and text that streams from it."""
 
 import base64
 import gzip
@@ -50,7 +50,11 @@ def test_end_of_text_by_the_files_beside_the_tokenizer(tmp_path):
     for extra, token, source in [
         ({}, END_OF_TEXT, ""),
         ({"generation_config": {"eos_token_id": [401, 402]}}, "<eos>", "generation_config.json"),
-        ({"special_tokens_map": {"eos_token": {"content": "<end>"}}}, "<end>", "special_tokens_map.json"),
+        (
+            {"special_tokens_map": {"eos_token": {"content": "<end>"}}},
+            "<end>",
+            "special_tokens_map.json",
+        ),
         ({"tokenizer_config": {"eos_token": "</s>"}}, "</s>", "tokenizer_config.json"),
     ]:  # each takes precedence over those before it
         files |= extra
@@ -114,7 +118,9 @@ def test_prepared_data_keeps_the_choice(tmp_path):
         assert tokenizer.eos_token == token
         assert load_manifest(tmp_path / name).tokenizer.eos_id == tokenizer.eos_id
     with pytest.raises(ValueError, match="other inputs, options or another tokenizer"):
-        prepare([tmp_path / "a.jsonl"], tmp_path / "named", source, PrepareConfig(eod_token="<eos>"))
+        prepare(
+            [tmp_path / "a.jsonl"], tmp_path / "named", source, PrepareConfig(eod_token="<eos>")
+        )
 
 
 TIKTOKEN = b"".join(base64.b64encode(bytes([b])) + b" %d\n" % b for b in range(256))
@@ -164,7 +170,9 @@ def test_dropped_characters_are_counted(tmp_path, caplog):
     (tmp_path / "a.jsonl").write_bytes(lines_of({"text": text} for text in texts * 10))
     for workers in (1, 2):
         config = PrepareConfig(validation_share=0, workers=workers)
-        manifest = prepare([tmp_path], tmp_path / f"o{workers}", FILES / "charbpe_nounk.json", config)
+        manifest = prepare(
+            [tmp_path], tmp_path / f"o{workers}", FILES / "charbpe_nounk.json", config
+        )
         assert manifest is not None
         assert manifest.account["dropped_characters"] == {"北": 20, "\n": 10, "É": 10}
     assert "in a sample of 8 documents the tokenizer drops characters: 16" in caplog.text
@@ -231,7 +239,9 @@ def test_streamed_text_is_the_decoded_whole_sequence(tmp_path):
 
 def test_no_space_is_lost_between_prompt_and_text(tmp_path):
     tokenizer = load_tokenizer(LLAMA_LIKE)
-    (instance,) = [i for i in range(tokenizer.vocab_size) if tokenizer.decode([i, i]) == "instance instance"]
+    (instance,) = [
+        i for i in range(tokenizer.vocab_size) if tokenizer.decode([i, i]) == "instance instance"
+    ]
     assert Detokenizer(tokenizer, tokenizer.encode("The")).all([instance]) == " instance"
     assert Detokenizer(tokenizer, []).all([instance]) == "instance", "at the start there is none"
     special = [tokenizer.eos_id] * 300

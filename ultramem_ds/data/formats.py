@@ -200,7 +200,7 @@ def _layout_of(start: str, family: _Family | None) -> Layout:
     first, _, rest = begin.partition("\n")
     if begin[:1] not in ("{", "["):
         if family is None and begin:
-            raise NotData(f"neither JSON by its content nor by its name ({READ_SUFFIXES})")
+            raise NotData("neither JSON by its content nor text by its suffix")
         return "text" if family == "text" else "lines"
     if family == "text" and not _is_json(first):
         return "text"

@@ -44,10 +44,12 @@ from ultramem_ds.data.merge import (
 )
 from ultramem_ds.data.options import ReadOptions
 from ultramem_ds.data.readers import Document, read_unit
-from ultramem_ds.data.sources import HELD_OUT, Survey, Unit, survey
+from ultramem_ds.data.sources import Survey, survey
+from ultramem_ds.data.subsets import HELD_OUT
 from ultramem_ds.data.tokenizer_losses import LossCounter, changed_by_decoding
 from ultramem_ds.data.tokenizers import Tokenizer, load_tokenizer
 from ultramem_ds.data.units import Group, UnitOptions, UnitSummary, part_path, read_summary
+from ultramem_ds.data.work import Unit
 from ultramem_ds.data.workers import run_units
 from ultramem_ds.utils.files import TEMPORARY_SUFFIX
 
@@ -316,7 +318,7 @@ def _merge(plan: _Preparation, units: Sequence[FinishedUnit]) -> Manifest:
         raise ValueError(
             f"{' '.join(plan.inputs)}: no document with text in {num_records} records"
             + "".join(f", {count} x {reason}" for reason, count in bad.most_common(3))
-            + "; records need a text column (--text-key, --format)"
+            + "; see --text-key and --format"
         )
     _remove_stale_temporaries(plan.output)
     duplicates, parts = mark_duplicates(

@@ -233,7 +233,7 @@ def load_tokenizer(path: str | Path, eod_token: str | None = None) -> Tokenizer:
     try:
         return kind(content, clues_beside(file, eod_token))
     except Exception as error:  # both libraries raise bare Exception or RuntimeError on bad files
-        raise ValueError(f"{path} is not a usable tokenizer: {error}") from error
+        raise ValueError(f"{file} is not a usable tokenizer: {error}") from error
 
 
 def save_tokenizer(tokenizer: Tokenizer, path: Path) -> None:
