@@ -16,7 +16,7 @@ from typing import Any
 from ultramem_ds.data.merge import FinishedUnit
 from ultramem_ds.data.sources import Survey, summary
 from ultramem_ds.data.tokenizer_losses import Losses
-from ultramem_ds.data.work import Unit
+from ultramem_ds.data.unit import Unit
 from ultramem_ds.utils.files import atomic_file
 
 _NAMES = 5  # files named per line; the manifest has them all

@@ -6,8 +6,8 @@ import logging
 from collections import Counter
 from dataclasses import dataclass, field
 
+from ultramem_ds.data.unit import Unit
 from ultramem_ds.data.units import UnitSummary
-from ultramem_ds.data.work import Unit
 
 logger = logging.getLogger(__name__)
 

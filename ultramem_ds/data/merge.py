@@ -24,8 +24,8 @@ from ultramem_ds.data.manifest import (
     sidecar_path,
 )
 from ultramem_ds.data.tokenizers import Tokenizer
+from ultramem_ds.data.unit import Unit
 from ultramem_ds.data.units import MASK_PART, Counts, Group, Split, UnitSummary, part_path
-from ultramem_ds.data.work import Unit
 from ultramem_ds.utils.files import atomic_file, write_json
 
 _COPY_TOKENS = 8 << 20  # ids copied at once

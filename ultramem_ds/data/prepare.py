@@ -48,8 +48,8 @@ from ultramem_ds.data.sources import Survey, survey
 from ultramem_ds.data.subsets import HELD_OUT
 from ultramem_ds.data.tokenizer_losses import LossCounter, changed_by_decoding
 from ultramem_ds.data.tokenizers import Tokenizer, load_tokenizer
+from ultramem_ds.data.unit import Unit
 from ultramem_ds.data.units import Group, UnitOptions, UnitSummary, part_path, read_summary
-from ultramem_ds.data.work import Unit
 from ultramem_ds.data.workers import run_units
 from ultramem_ds.utils.files import TEMPORARY_SUFFIX
 

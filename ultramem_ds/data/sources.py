@@ -14,8 +14,8 @@ from ultramem_ds.data.formats import READ_SUFFIXES, Format, NotData, recognise, 
 from ultramem_ds.data.options import ReadOptions
 from ultramem_ds.data.subsets import canonical_subset, safe_name, subset_of_file
 from ultramem_ds.data.tables import num_hub_shards, num_parquet_shards
+from ultramem_ds.data.unit import Unit
 from ultramem_ds.data.walk import Skipped, prepared_kind, printable, walk
-from ultramem_ds.data.work import Unit
 
 # Plain files are cut into about _CUTS ranges, each of a size between these two.
 _CUTS = 64

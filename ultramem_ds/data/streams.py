@@ -13,7 +13,7 @@ from typing import Any, BinaryIO, TypeAlias, cast
 
 from ultramem_ds.data.compression import DecompressedFile
 from ultramem_ds.data.options import ReadOptions
-from ultramem_ds.data.work import Unit
+from ultramem_ds.data.unit import Unit
 
 BLOCK_BYTES = 1 << 20
 # Stands for bytes that an encoding does not know; no UTF-8 text holds this byte.

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ultramem_ds.data.work import Unit
+from ultramem_ds.data.unit import Unit
 
 if TYPE_CHECKING:
     from datasets import IterableDataset

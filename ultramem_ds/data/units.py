@@ -34,7 +34,7 @@ from ultramem_ds.data.options import ReadOptions
 from ultramem_ds.data.readers import BadRecord, Document, Record, Remark, read_unit
 from ultramem_ds.data.tokenizer_losses import LossCounter, Losses
 from ultramem_ds.data.tokenizers import Tokenizer
-from ultramem_ds.data.work import Unit
+from ultramem_ds.data.unit import Unit
 from ultramem_ds.utils.files import fsync_directory, read_json, temporary_path, write_json
 
 Split: TypeAlias = Literal["train", "validation"]
