@@ -123,6 +123,16 @@ def test_prepared_data_keeps_the_choice(tmp_path):
         )
 
 
+def test_an_earlier_tokenizer_of_another_kind_does_not_stay(tmp_path):
+    (tmp_path / "a.jsonl").write_bytes(lines_of({"text": text} for text in make_texts(0, 9)))
+    write_all(tmp_path / "t", tokenizer=with_tokens("</s>"))
+    prepare([tmp_path / "a.jsonl"], tmp_path / "o", tmp_path / "t", PrepareConfig(eod_token="</s>"))
+    assert (tmp_path / "o/tokenizer_config.json").is_file()
+    again = PrepareConfig(overwrite=True)
+    prepare([tmp_path / "a.jsonl"], tmp_path / "o", LLAMA_LIKE, again)
+    assert data_tokenizer(tmp_path / "o").hash == load_tokenizer(LLAMA_LIKE).hash
+
+
 TIKTOKEN = b"".join(base64.b64encode(bytes([b])) + b" %d\n" % b for b in range(256))
 OTHER_KINDS = {
     "tokenizer.model": (TIKTOKEN, "tiktoken"),

@@ -62,6 +62,11 @@ def describe(data_dir: str | Path) -> list[str]:
             )
     bad = ", ".join(f"{count:,} x {reason}" for reason, count in manifest.bad_records.items())
     lines.append(f"{manifest.records:,} records read; unusable: {bad or 'none'}")
+    lines += [
+        f"{info.split}/{info.subset}: {info.answer_tokens:,} of its tokens are answers"
+        for info in manifest.subsets
+        if info.masked
+    ]
     if manifest.account:
         lines += Account(**manifest.account).describe()
     unended = sum(info.unended for info in manifest.subsets)

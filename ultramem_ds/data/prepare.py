@@ -47,7 +47,7 @@ from ultramem_ds.data.readers import Document, read_unit
 from ultramem_ds.data.sources import Survey, survey
 from ultramem_ds.data.subsets import HELD_OUT
 from ultramem_ds.data.tokenizer_losses import LossCounter, changed_by_decoding
-from ultramem_ds.data.tokenizers import Tokenizer, load_tokenizer
+from ultramem_ds.data.tokenizers import Tokenizer, load_tokenizer, replace_tokenizer
 from ultramem_ds.data.unit import Unit
 from ultramem_ds.data.units import Group, UnitOptions, UnitSummary, part_path, read_summary
 from ultramem_ds.data.workers import run_units
@@ -333,7 +333,7 @@ def _merge(plan: _Preparation, units: Sequence[FinishedUnit]) -> Manifest:
         for group in sorted(by_group)
     ]
     write_bad_records(plan.output / BAD_RECORDS_NAME, units)
-    plan.tokenizer.save(plan.output)
+    replace_tokenizer(plan.tokenizer, plan.output)
     manifest = Manifest(
         version=FORMAT_VERSION,
         fingerprint=plan.fingerprint,

@@ -122,7 +122,8 @@ class _Survey:
         if resolved in self._seen:
             raise ValueError(f"{file} is given twice: by {self._seen[resolved]!r} and {text!r}")
         self._seen[resolved] = text
-        self.units += _file_units(file, root, name, subset, form)
+        ranges = form.has_ranges(self._options)
+        self.units += _file_units(file, root, name, subset, form, ranges=ranges)
         if form.note:
             self.notes.append((name, form.note))
 
@@ -146,7 +147,9 @@ def _split_input(text: str) -> tuple[str | None, str]:
     return None, text
 
 
-def _file_units(file: Path, root: Path, name: str, subset: str | None, form: Format) -> list[Unit]:
+def _file_units(
+    file: Path, root: Path, name: str, subset: str | None, form: Format, *, ranges: bool
+) -> list[Unit]:
     status = file.stat()
     absolute_root = root.absolute()
     if root.is_file():
@@ -174,7 +177,7 @@ def _file_units(file: Path, root: Path, name: str, subset: str | None, form: For
     if form.layout == "parquet":
         shards = num_parquet_shards(file)
         return [unit(shard, shards) for shard in range(shards)]
-    if not form.has_ranges:
+    if not ranges:
         return [unit(0, status.st_size)]
     step = min(max(status.st_size // _CUTS, _MIN_UNIT_BYTES), _MAX_UNIT_BYTES)
     return [

@@ -236,6 +236,16 @@ def load_tokenizer(path: str | Path, eod_token: str | None = None) -> Tokenizer:
         raise ValueError(f"{file} is not a usable tokenizer: {error}") from error
 
 
+def replace_tokenizer(tokenizer: Tokenizer, directory: Path) -> None:
+    """Save into a directory of ours, where files of an earlier tokenizer would come first."""
+    path = tokenizer.save(directory)
+    for kind in (HuggingFaceTokenizer, SentencePieceTokenizer):
+        if kind.file_name != path.name:
+            (directory / kind.file_name).unlink(missing_ok=True)
+    if tokenizer.config is None and not tokenizer.eos_from:
+        (directory / CONFIG_NAME).unlink(missing_ok=True)
+
+
 def save_tokenizer(tokenizer: Tokenizer, path: Path) -> None:
     """Write the tokenizer's file, byte for byte, to ``path``."""
     with atomic_file(path) as out:
