@@ -15,6 +15,7 @@ from tests.unit.data_corpus import lines_of, make_texts, small_tokenizer
 from ultramem_ds.data.manifest import load_manifest
 from ultramem_ds.data.prepare import PrepareConfig, prepare
 from ultramem_ds.data.same_tokenizer import data_tokenizer, require_same_tokenizer
+from ultramem_ds.data.tokenizer_files import EndOfText
 from ultramem_ds.data.tokenizer_losses import LossCounter
 from ultramem_ds.data.tokenizer_training import train_tokenizer
 from ultramem_ds.data.tokenizers import END_OF_TEXT, load_tokenizer
@@ -61,12 +62,16 @@ def test_end_of_text_by_the_files_beside_the_tokenizer(tmp_path):
         directory = write_all(tmp_path / "t", **files)
         for path in (directory, directory / "tokenizer.json"):
             tokenizer = load_tokenizer(path)
-            assert (tokenizer.eos_token, tokenizer.eos_from) == (token, source)
+            assert (tokenizer.end_of_text.token, tokenizer.end_of_text.source) == (token, source)
             assert tokenizer.encode_documents(["a"], np.int64)[0][-1] == tokenizer.eos_id
     chosen = load_tokenizer(directory, "<eos>")
-    assert (chosen.eos_token, chosen.eos_from) == ("<eos>", "--eod-token")
+    assert (chosen.end_of_text.token, chosen.end_of_text.source) == ("<eos>", "--eod-token")
+    assert not chosen.end_of_text.rivals
+    assert load_tokenizer(write_all(tmp_path / "u", tokenizer=files["tokenizer"])).end_of_text == (
+        EndOfText(END_OF_TEXT, rivals=("</s>", "<eos>"))
+    )
     write_all(directory, tokenizer_config={"eos_token": None})
-    assert load_tokenizer(directory).eos_token == "<end>"
+    assert load_tokenizer(directory).end_of_text.token == "<end>"
 
 
 @pytest.mark.parametrize(
@@ -97,7 +102,7 @@ def test_a_token_of_the_users_own(tmp_path):
 @pytest.mark.parametrize("name", ["<\uff5cend\u2581of\u2581sentence\uff5c>", "<|eod|>"])
 def test_names_of_published_tokenizers(tmp_path, name):
     write_all(tmp_path, tokenizer=with_tokens(name, known=False))
-    assert load_tokenizer(tmp_path).eos_token == name
+    assert load_tokenizer(tmp_path).end_of_text.token == name
 
 
 def test_prepared_data_keeps_the_choice(tmp_path):
@@ -115,7 +120,7 @@ def test_prepared_data_keeps_the_choice(tmp_path):
     assert changed == {"eos_token": "<eos>", "chat_template": "kept"}
     for name, token in (("named", "</s>"), ("chosen", "<eos>")):
         tokenizer = data_tokenizer(tmp_path / name)
-        assert tokenizer.eos_token == token
+        assert tokenizer.end_of_text.token == token
         assert load_manifest(tmp_path / name).tokenizer.eos_id == tokenizer.eos_id
     with pytest.raises(ValueError, match="other inputs, options or another tokenizer"):
         prepare(

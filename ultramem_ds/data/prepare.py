@@ -111,7 +111,7 @@ class PrepareConfig:
             "text_key": self.reading.text_key,
             "max_line_bytes": self.reading.max_line_bytes,
         }
-        eos = [tokenizer.eos_id] if tokenizer.eos_from else []
+        eos = [tokenizer.eos_id] if tokenizer.end_of_text.source else []
         return [FORMAT_VERSION, tokenizer.hash, reading | known, *eos]
 
 
@@ -126,6 +126,14 @@ class _Preparation:
         self.config = config
         self.load_tokenizer = partial(load_tokenizer, tokenizer_path, config.eod_token)
         self.tokenizer: Tokenizer = self.load_tokenizer()
+        end = self.tokenizer.end_of_text
+        if end.rivals:
+            logger.warning(
+                "several tokens of the tokenizer could end a document: %r is taken, not %s; "
+                "--eod-token chooses",
+                end.token,
+                " or ".join(map(repr, end.rivals)),
+            )
         own = {output.resolve(): "the output directory"}
         if Path(tokenizer_path).is_file():
             own[Path(tokenizer_path).resolve()] = "the tokenizer"

@@ -29,7 +29,7 @@ def data_tokenizer(data_dir: str | Path) -> Tokenizer:
         )
     if tokenizer.eos_id != manifest.tokenizer.eos_id:
         raise ValueError(
-            f"{tokenizer.eos_from or file} says that id {tokenizer.eos_id} ends a text, but the "
+            f"{tokenizer.end_of_text.source or file} says that id {tokenizer.eos_id} ends a text, but the "
             f"data was made with id {manifest.tokenizer.eos_id}; put the old "
             f"{Path(data_dir) / 'tokenizer_config.json'} back, or repeat `prepare`"
         )
@@ -70,7 +70,7 @@ def require_same(trained: str | Path, other: Tokenizer, place: str | Path) -> To
         raise ValueError(
             f"{file} ends texts in id {other.eos_id}, "
             f"{Path(trained) / own.file_name} in {own.eos_id}: prepare the data with --eod-token "
-            f"{own.eos_token!r}"
+            f"{own.end_of_text.token!r}"
         )
     return other
 
