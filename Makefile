@@ -20,7 +20,7 @@ TOKENIZER ?= runs/demo/tokenizer.json
 LOGDIR ?= runs
 TEST_JOBS ?= 2
 
-.PHONY: help install demo ablation clean-demo test golden bad-input lint format check train prepare tensorboard evaluate generate bench chaos clean
+.PHONY: help install demo ablation clean-demo test golden bad-input lint format check train prepare tensorboard evaluate evaluate-paper generate bench chaos clean
 .DEFAULT_GOAL := help
 
 help: ## list the targets
@@ -79,6 +79,9 @@ tensorboard: install ## open TensorBoard on LOGDIR
 
 evaluate: install ## evaluate CHECKPOINT on DATA
 	$(PY) -m ultramem_ds evaluate --checkpoint $(CHECKPOINT) --data $(DATA) $(ARGS)
+
+evaluate-paper: install ## the paper's ten benchmarks on CHECKPOINT (docs/evaluation.md): ARGS="--limit 100 --task-data DIR"
+	$(PY) -m ultramem_ds evaluate --checkpoint $(CHECKPOINT) --tasks paper --output $(CHECKPOINT)/paper $(ARGS)
 
 generate: install ## continue PROMPT with CHECKPOINT
 	$(PY) -m ultramem_ds generate --checkpoint $(CHECKPOINT) --prompt '$(PROMPT)' $(ARGS)

@@ -41,17 +41,15 @@ def run(args: argparse.Namespace) -> int:
 
 def describe(plan: Plan) -> str:
     """The plan as text."""
-    memory = plan.memory
     lines = [
         f"{plan.preset} on {plan.world_size} ranks: ZeRO-{plan.zero_stage}, micro-batch "
         f"{plan.micro_batch_size}, {plan.accumulation_steps} forwards per optimizer step",
         "",
         f"{'memory per rank':24}{'GB':>9}",
     ]
-    lines += [
-        f"  {name:22}{getattr(memory, name) / 1e9:9.3f}"
-        for name in ("weights", "gradients", "optimizer", "activations", "total")
-    ]
+    lines += [f"  {name:22}{size / 1e9:9.3f}" for name, size in plan.memory.parts().items()]
+    if plan.padding_experts:
+        lines.append(f"{plan.padding_experts} of a group's expert slots are padding, held as zeros")
     if not plan.schemes:
         return "\n".join(lines)
     lines += [
@@ -71,6 +69,7 @@ def describe(plan: Plan) -> str:
             f"{scheme.scheme:18}{scheme.bytes_per_step / 1e6:10.1f}{scheme.predicted_step_ms:11.1f}"
             f"{scheme.lookup_activation_bytes / 1e6:9.1f}   {parts}{chosen}"
         )
+    lines.append(f"chosen by {plan.rates}")
     lines.append(f"{'stock ZeRO-3':18}{plan.stock_zero3_bytes_per_step / 1e6:10.1f}")
     if plan.replica_bytes_per_optimizer_step:
         lines.append(

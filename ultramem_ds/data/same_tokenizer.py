@@ -28,8 +28,9 @@ def data_tokenizer(data_dir: str | Path) -> Tokenizer:
             f"{manifest.tokenizer.hash[:12]}); put that one back, or repeat `prepare`"
         )
     if tokenizer.eos_id != manifest.tokenizer.eos_id:
+        source = tokenizer.end_of_text.source or file
         raise ValueError(
-            f"{tokenizer.end_of_text.source or file} says that id {tokenizer.eos_id} ends a text, but the "
+            f"{source} says that id {tokenizer.eos_id} ends a text, but the "
             f"data was made with id {manifest.tokenizer.eos_id}; put the old "
             f"{Path(data_dir) / 'tokenizer_config.json'} back, or repeat `prepare`"
         )
