@@ -20,10 +20,13 @@ VERBS = {
     "train": "train",
     "evaluate": "evaluate",
     "generate": "generate",
+    "export": "export",
+    "import": "import_",
     "count": "count",
     "plan": "plan",
     "bench": "bench",
     "report": "report",
+    "study": "study",
     "doctor": "doctor",
 }
 

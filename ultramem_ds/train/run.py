@@ -43,6 +43,10 @@ RESUMABLE_KEYS = frozenset(
         "train.micro_batch_size",
         "train.save_every",
         "train.stop_at_step",
+        "train.task_data",
+        "train.tasks",
+        "train.tasks_every",
+        "train.tasks_limit",
     }
 )
 
@@ -157,7 +161,7 @@ def _check_lookups(config: Config, world_size: int) -> None:
 
 def _check_data(checkpoint: Path, mixture: Mixture) -> None:
     old = checkpoints.read_trainer_state(checkpoint).data_fingerprint
-    if old != mixture.fingerprint:
+    if old and old != mixture.fingerprint:  # none: an imported model, which has seen no data here
         raise ValueError(
             f"{checkpoint} was trained on other data (fingerprint {old[:12]}, here "
             f"{mixture.fingerprint[:12]}); use the same --data or another --run-dir"
