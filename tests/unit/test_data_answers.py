@@ -33,12 +33,12 @@ CHAT = [
 
 def counted(tokenizer, ids, mask):
     """Text of the document and of the runs of ids that count, end-of-text ids as a bar."""
-    runs, text = [], ""
+    runs, text, last = [], "", 0
     for token, counts in zip(ids.tolist(), mask.tolist()):
         piece = "|" if token == tokenizer.eos_id else tokenizer.decode([token])
         text += piece
         if counts:
-            runs = [*runs[:-1], runs[-1] + piece] if runs and last else [*runs, piece]
+            runs = [*runs[:-1], runs[-1] + piece] if last else [*runs, piece]
         last = counts
     return text, runs
 

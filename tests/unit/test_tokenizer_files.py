@@ -1,4 +1,4 @@
-"""Which file a tokenizer is, what ends its texts, what it loses, and text that streams out of it."""
+"""Which file a tokenizer is, what ends its texts, what it loses, and how its text streams."""
 
 import base64
 import gzip

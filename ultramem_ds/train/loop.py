@@ -24,6 +24,7 @@ from ultramem_ds.telemetry.metrics import MetricsWriter
 from ultramem_ds.telemetry.phases import Phases
 from ultramem_ds.train.engine import StepResult, TrainEngine
 from ultramem_ds.train.evaluate import Reader, SubsetLoss, evaluate
+from ultramem_ds.train.judge import Judge, MakeJudge
 from ultramem_ds.train.rollback import roll_back
 from ultramem_ds.train.run import Run, skips_of
 from ultramem_ds.utils.files import write_json
@@ -34,16 +35,28 @@ from ultramem_ds.watch.roster import Roster
 from ultramem_ds.watch.runlock import only_job
 from ultramem_ds.watch.signals import StopRequest
 from ultramem_ds.watch.watchdog import Watchdog
-from ultramem_ds.zero.replicated import replicated
+from ultramem_ds.zero.replicated import replicated, replicated_blocks
 from ultramem_ds.zero.runtime import Ranks, runtime
 
 
-def train(run: Run) -> dict[str, Any]:
+def train(run: Run, make_judge: MakeJudge | None = None) -> dict[str, Any]:
     """Train to ``train.max_steps`` (or ``train.stop_at_step``); returns the run's summary.
+
+    Args:
+        run: checked.
+        make_judge: evaluates ``train.tasks``.
 
     Returns:
         ``{step, val_loss, tokens_per_s, peak_memory_bytes, ...}``, the same on every rank.
+
+    Raises:
+        ValueError: on every rank: the run directory or ``train.tasks`` cannot be used.
     """
+    judge: Judge | None = None
+    if run.config.train.tasks:
+        if make_judge is None:
+            raise ValueError("train.tasks needs make_judge, as the train verb gives it")
+        judge = make_judge(run)
     phases = Phases()
     stop = StopRequest()
     with stop.listening(), runtime() as ranks, contextlib.ExitStack() as stack:
@@ -51,6 +64,8 @@ def train(run: Run) -> dict[str, Any]:
         job = ""
         with comm.raising_together(ValueError), comm.raising_together(OSError):
             if ranks.is_main:
+                if judge is not None:
+                    judge.prepare()
                 stack.enter_context(only_job(run.run_dir))
                 job = _prepare_run_dir(run)
         job = comm.from_first(job)
@@ -59,10 +74,12 @@ def train(run: Run) -> dict[str, Any]:
         # view of a shared one may be older.
         latest = checkpoints.newest_readable(run.run_dir) if ranks.is_main else None
         latest = comm.from_first(latest)
-        return _train(replace(run, resume_from=latest), ranks, phases, stop)
+        return _train(replace(run, resume_from=latest), ranks, phases, stop, judge)
 
 
-def _train(run: Run, ranks: Ranks, phases: Phases, stop: StopRequest) -> dict[str, Any]:
+def _train(
+    run: Run, ranks: Ranks, phases: Phases, stop: StopRequest, judge: Judge | None
+) -> dict[str, Any]:
     """What every rank does, from an empty process group to the summary."""
     config = run.config
     done_step = recorded = 0
@@ -88,7 +105,7 @@ def _train(run: Run, ranks: Ranks, phases: Phases, stop: StopRequest) -> dict[st
     skips = skips_of(run.skip_samples, loaded)
     if skips.ranges and ranks.is_main:
         print(f"jumping over samples {format_ranges(skips.ranges)}", flush=True)
-    return _Loop(run, ranks, engine, run.mixture, skips, done_step, last_step).run_to_end()
+    return _Loop(run, ranks, engine, run.mixture, skips, done_step, last_step, judge).run_to_end()
 
 
 def _prepare_run_dir(run: Run) -> str:
@@ -111,6 +128,7 @@ class _Loop:
         skips: SkipRanges,
         done_step: int,
         last_step: int,
+        judge: Judge | None = None,
     ) -> None:
         self.run = run
         self.config = run.config
@@ -118,12 +136,15 @@ class _Loop:
         self.engine = engine
         self.mixture = mixture
         self.skips = skips
+        self.judge = judge
         self.rollbacks = 0
         self.desync = DesyncGuard(
             engine.comm,
             ranks.device,
             lambda: replicated(engine.model),
             run.config.train.desync_every,
+            lambda: replicated_blocks(engine.model, engine.tables),
+            engine.table_place,
         )
         self.done_step = done_step
         self.last_step = last_step
@@ -193,7 +214,11 @@ class _Loop:
             if step % train.log_every == 0 or last or step == self.done_step + 1:
                 print(self._console_line(step, result), flush=True)
         self.engine.guard.check()
-        if (train.eval_every and step % train.eval_every == 0) or step == train.max_steps:
+        if self.judge is not None and self._due(step, train.tasks_every):
+            with self.engine.phases("tasks"):
+                self._run_tasks(step, self.judge, writer)
+            self.engine.telemetry.charge("tasks")
+        if self._due(step, train.eval_every):
             with self.engine.phases("validate"):
                 self._validate(step, writer)
             self.engine.telemetry.charge("validate")
@@ -206,6 +231,10 @@ class _Loop:
                 self.engine.save(
                     self.run.run_dir, step, self.mixture.fingerprint, self.skips, wait=final
                 )
+
+    def _due(self, step: int, every: int) -> bool:
+        """Whether what is done every so many steps, and at the end of the schedule, is due."""
+        return bool(every and step % every == 0) or step == self.config.train.max_steps
 
     def _stopped(self, step: int) -> dict[str, Any]:
         """A signal ended the run between its steps."""
@@ -285,6 +314,13 @@ class _Loop:
             f"{self.tokens_per_step / step_s:,.0f} tokens/s  "
             f"ETA {eta_s // 3600:d}:{eta_s // 60 % 60:02d}:{eta_s % 60:02d}"
         )
+
+    def _run_tasks(self, step: int, judge: Judge, writer: MetricsWriter | None) -> None:
+        scores = judge.evaluate(self.engine)
+        if writer is not None:
+            writer.write_tasks(step, scores)
+            parts = "  ".join(f"{name} {score:.4f}" for name, score in scores.items())
+            print(f"{self.config.preset} step {step:>6} tasks  {parts}", flush=True)
 
     def _validate(self, step: int, writer: MetricsWriter | None) -> None:
         losses = self.losses()
