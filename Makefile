@@ -20,7 +20,7 @@ TOKENIZER ?= runs/demo/tokenizer.json
 LOGDIR ?= runs
 TEST_JOBS ?= 2
 
-.PHONY: help install demo ablation clean-demo test bad-input lint format check train prepare tensorboard evaluate generate bench chaos clean
+.PHONY: help install demo ablation clean-demo test golden bad-input lint format check train prepare tensorboard evaluate generate bench chaos clean
 .DEFAULT_GOAL := help
 
 help: ## list the targets
@@ -46,6 +46,9 @@ clean-demo: ## forget the demo: corpus, data, runs
 
 test: install ## run the tests, TEST_JOBS at a time
 	$(PY) -m pytest -n $(TEST_JOBS) --dist worksteal
+
+golden: install ## record tests/golden/ anew, after a change of the mathematics
+	RECORD_GOLDEN=1 $(PY) -m pytest tests/dist/test_golden.py
 
 bad-input: install ## write docs/bad-input.md anew from the messages of today
 	UPDATE_BAD_INPUT=1 $(PY) -m pytest tests/unit/test_bad_input.py

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from ultramem_ds.config.schema import Config, MemoryConfig
+from ultramem_ds.config.schema import Architecture, MemoryConfig
 from ultramem_ds.model.memory.forms import ScoreForm
 from ultramem_ds.model.memory.pkm import ProductKeyForm
 from ultramem_ds.model.memory.retrieval import best_pairs, top_candidates
@@ -44,57 +44,57 @@ class Fill:
     last_row_only: bool = False
 
 
-def _matrix(config: Config) -> Fill:
+def _matrix(config: Architecture) -> Fill:
     return Fill(std=config.model.init_std)
 
 
-def _embedding(config: Config) -> Fill:
+def _embedding(config: Architecture) -> Fill:
     return Fill(std=config.model.embedding_std)
 
 
-def _residual(config: Config) -> Fill:
+def _residual(config: Architecture) -> Fill:
     return Fill(std=config.model.init_std / math.sqrt(2 * config.model.num_layers))
 
 
-def _ones(_: Config) -> Fill:
+def _ones(_: Architecture) -> Fill:
     return Fill(mean=1.0)
 
 
-def _memory_conv(_: Config) -> Fill:
+def _memory_conv(_: Architecture) -> Fill:
     return Fill(mean=1.0, last_row_only=True)  # queries begin as they are without the convolution
 
 
-def _memory_query(config: Config) -> Fill:
+def _memory_query(config: Architecture) -> Fill:
     memory = config.memory
     if memory.qk_norm == "none" and memory.init != "pkm":  # takes over the query norm's scale
         return Fill(std=query_gain(memory) / math.sqrt(config.model.hidden_size))
     return _matrix(config)
 
 
-def _memory_query_norm(config: Config) -> Fill:
+def _memory_query_norm(config: Architecture) -> Fill:
     return Fill(mean=query_gain(config.memory))
 
 
-def _memory_keys(config: Config) -> Fill:
+def _memory_keys(config: Architecture) -> Fill:
     return Fill(std=1 / math.sqrt(config.memory.kdim))
 
 
-def _memory_keys_norm(config: Config) -> Fill:
+def _memory_keys_norm(config: Architecture) -> Fill:
     return Fill(mean=1 / math.sqrt(config.memory.kdim))
 
 
-def _memory_core(config: Config) -> Fill:
+def _memory_core(config: Architecture) -> Fill:
     return core_fill(config.memory)
 
 
-def _memory_value_proj(config: Config) -> Fill:
+def _memory_value_proj(config: Architecture) -> Fill:
     memory = config.memory
     if memory.init == "pkm":
         return _residual(config)
     return Fill(std=1 / math.sqrt(memory.expansion * memory.value_dim))
 
 
-def _table(config: Config) -> Fill:
+def _table(config: Architecture) -> Fill:
     memory = config.memory
     if memory.init == "pkm":
         return Fill(std=1 / math.sqrt(memory.value_dim))
@@ -105,7 +105,7 @@ def _table(config: Config) -> Fill:
     return Fill(std=std)
 
 
-INITIALISERS: dict[str, Callable[[Config], Fill]] = {
+INITIALISERS: dict[str, Callable[[Architecture], Fill]] = {
     # name               pkm                paper              corrected
     "embedding": _embedding,  # embedding_std
     "matrix": _matrix,  # init_std
@@ -234,7 +234,7 @@ def _draw(out: Tensor, fill: Fill, generator: torch.Generator) -> None:
         out.copy_(draw)
 
 
-def init_parameter(name: str, param: nn.Parameter, config: Config, seed: int) -> None:
+def init_parameter(name: str, param: nn.Parameter, config: Architecture, seed: int) -> None:
     """Fill one parameter in place.
 
     Args:
@@ -256,13 +256,15 @@ def init_parameter(name: str, param: nn.Parameter, config: Config, seed: int) ->
     _draw(param, INITIALISERS[line](config), generator)
 
 
-def init_module(module: nn.Module, config: Config, seed: int) -> None:
+def init_module(module: nn.Module, config: Architecture, seed: int) -> None:
     """Fill every parameter of a module that lies whole on this process."""
     for name, param in module.named_parameters():
         init_parameter(name, param, config, seed)
 
 
-def fill_rows(out_RV: Tensor, config: Config, seed: int, table_index: int, first_row: int) -> None:
+def fill_rows(
+    out_RV: Tensor, config: Architecture, seed: int, table_index: int, first_row: int
+) -> None:
     """Fill rows ``first_row ...`` of a value table in place, the same for any split into shards.
 
     Blocks of ``TABLE_BLOCK_ROWS`` rows have a generator each; at most one block is held at a time.
@@ -286,7 +288,12 @@ def fill_rows(out_RV: Tensor, config: Config, seed: int, table_index: int, first
 
 
 def fill_block(
-    out_RC: Tensor, config: Config, seed: int, table_index: int, first_row: int, first_column: int
+    out_RC: Tensor,
+    config: Architecture,
+    seed: int,
+    table_index: int,
+    first_row: int,
+    first_column: int,
 ) -> None:
     """Fill a block of rows and columns of a value table, equal to the same cut of the whole table.
 

@@ -6,14 +6,13 @@ Letters: B sequences, S tokens per sequence, D hidden, W vocabulary.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple, Protocol, TypedDict, cast
+from typing import Any, NamedTuple, Protocol, TypedDict, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
-from ultramem_ds.config.schema import Config
+from ultramem_ds.config.schema import Architecture
 from ultramem_ds.model.memory.layer import MemoryLayer, PendingMemory
 from ultramem_ds.model.memory.lookup import ValueTable
 from ultramem_ds.model.moe import MixtureOfExperts
@@ -22,6 +21,7 @@ from ultramem_ds.model.roles import tag
 from ultramem_ds.model.transformer import (
     AttentionContext,
     Block,
+    BlockOutput,
     DenseMLP,
     KVSlot,
     make_linear,
@@ -66,20 +66,24 @@ class LanguageModel(nn.Module):
     """Embedding, blocks with memory layers beside them, final norm, head.
 
     Args:
-        config: resolved configuration.
+        config: what the model is; nothing of how it is trained.
         make_mlp: builds block i's MLP; the default is the one-process MLP of ``config.model.kind``.
         make_table: builds memory layer i's value table; the default is the whole table.
+
+    Attributes:
+        run_block: calls a block on its inputs (:mod:`ultramem_ds.model.recompute`).
     """
 
     def __init__(
         self,
-        config: Config,
+        config: Architecture,
         make_mlp: Callable[[int], nn.Module] | None = None,
         make_table: Callable[[int], ValueTable] | None = None,
     ) -> None:
         super().__init__()
         model, memory = config.model, config.memory
         self.config = config
+        self.run_block: Callable[..., BlockOutput] = _run
         make_mlp = make_mlp or (lambda _: local_mlp(config))
         make_table = make_table or (
             lambda i: ValueTable(memory.num_rows, memory.value_dim, table_index=i)
@@ -133,18 +137,14 @@ class LanguageModel(nn.Module):
             positions_BS, model.head_dim, model.rope_theta, x_BSD.dtype
         )
         context = AttentionContext(cos_BSK, sin_BSK, mask_BSS)
-        recompute = self.config.train.activation_checkpointing and self.training
         memories = self.memory_layers
         pending: dict[int, PendingMemory] = {}
         balance, counts, aux = [], [], []
         for i, block in enumerate(self.blocks):
             kv = None if state is None else state.kv[i]
-            if recompute:
-                out = checkpoint(block, x_BSD, context, kv, use_reentrant=False)
-            else:
-                out = block(x_BSD, context, kv)
+            out = self.run_block(block, x_BSD, context, kv)
             x_BSD = out.x_BSD
-            if out.balance_loss is not None:
+            if out.balance_loss is not None and out.expert_counts is not None:
                 balance.append(out.balance_loss)
                 counts.append(out.expert_counts)
             for j in self.placement.starts[i]:
@@ -203,7 +203,12 @@ class LanguageModel(nn.Module):
             memory.mark_stale()
 
 
-def local_mlp(config: Config) -> nn.Module:
+def _run(block: nn.Module, *inputs: Any) -> BlockOutput:
+    out: BlockOutput = block(*inputs)
+    return out
+
+
+def local_mlp(config: Architecture) -> nn.Module:
     """The one-process MLP of a block."""
     if config.model.kind == "moe":
         return MixtureOfExperts(config.model, config.moe)

@@ -106,7 +106,12 @@ class TrainEngine:
         self.telemetry = Telemetry(config, ranks, parallel, phases)
         self.comm = Comm()
         self.guard = StepGuard(config.train, config.optim.clip_grad)
-        self.gate = StepGate(parallel.engine, self.guard.judge)
+        self.gate = StepGate(
+            parallel.engine,
+            self.guard,
+            self.comm,
+            parallel.tables.joined_norm if parallel.tables is not None else None,
+        )
         self.engine = parallel.engine
         self.tables = parallel.tables
         self.partition = parallel.partition

@@ -5,13 +5,44 @@ from __future__ import annotations
 import contextlib
 import re
 import sys
+from dataclasses import dataclass
 
 from torch import Tensor, nn
 
 from ultramem_ds.config.schema import Config
 from ultramem_ds.model.roles import tag
 from ultramem_ds.model.transformer import FeedForward, MLPOutput
+from ultramem_ds.planning.experts import expert_parallel_size
 from ultramem_ds.zero.deepspeed_import import deepspeed
+
+
+@dataclass(frozen=True)
+class ExpertShare:
+    """The experts of one rank.
+
+    Attributes:
+        group_size: ranks that share one set of experts; 0 for kinds without any.
+        first: global index of this rank's first expert.
+    """
+
+    group_size: int
+    first: int
+
+    @classmethod
+    def of(cls, config: Config, rank: int, world_size: int) -> ExpertShare:
+        """The share of ``rank``.
+
+        Raises:
+            ValueError: the experts cannot be spread over the ranks.
+        """
+        if config.model.kind != "moe":
+            return cls(0, 0)
+        size = expert_parallel_size(config, world_size)
+        return cls(size, (rank % size) * (config.moe.num_experts // size))
+
+    def canonical_name(self, name: str) -> str:
+        """The name that a parameter has in the one-process model, see :func:`canonical_name`."""
+        return canonical_name(name, self.first)
 
 
 class ExpertParallelMLP(nn.Module):

@@ -24,14 +24,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ultramem_ds.checkpoint.state import MASTER
+from ultramem_ds.checkpoint.state import MASTER, OwnState
 from ultramem_ds.optim.decision import Decision
 from ultramem_ds.optim.row_adam import LazyRowAdam
 from ultramem_ds.sharding.blocks import Piece
 from ultramem_ds.sharding.comm import Comm
 from ultramem_ds.sharding.shard import OpenShard, TableShard
 from ultramem_ds.sharding.table_plan import ShardLayout, TableSpec
-from ultramem_ds.zero.tables import Zero3Tables, join_gradient_norm
+from ultramem_ds.zero.tables import Zero3Tables
 
 
 class RowSparseShard(TableShard):
@@ -123,10 +123,9 @@ class RowSparseTables(Zero3Tables):
         for param in self.params:
             param.requires_grad_(False)
 
-    def keep_partitioned(self, engine: Any) -> None:
-        """As for any table; from here on ZeRO's norm includes the rows'."""
-        super().keep_partitioned(engine)
-        join_gradient_norm(engine, lambda: self._norm)
+    def joined_norm(self) -> Tensor:
+        """Global norm of the rows' gradients, as published."""
+        return self._norm
 
     def publish_gradients(self) -> None:
         """Collect the rows' gradients and their norm; before ``engine.step``."""
@@ -145,6 +144,10 @@ class RowSparseTables(Zero3Tables):
         scale = decision.grad_scale / self.world_size
         for shard, (rows_U, grad_UV) in zip(self.row_shards, gradients):
             shard.adam.update(rows_U, grad_UV, lr, scale)
+
+    def own_states(self) -> dict[str, OwnState]:
+        """Masters and moments of the rows: this object."""
+        return {"tables": self}
 
     @property
     def num_buffers(self) -> int:

@@ -24,6 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ultramem_ds.checkpoint.state import OwnState
 from ultramem_ds.model.memory.lookup import ValueTable
 from ultramem_ds.optim.decision import Decision
 from ultramem_ds.sharding.blocks import Block
@@ -157,18 +158,14 @@ class Zero3Tables:
             decision: whether ZeRO took the step, and how it clipped.
         """
 
+    def joined_norm(self) -> Tensor:
+        """Global norm of gradients that ZeRO does not see, the same on all ranks: none here."""
+        return torch.zeros(())
+
+    def own_states(self) -> dict[str, OwnState]:
+        """Optimizer state that ZeRO does not hold, by name of its files: none here."""
+        return {}
+
     def blocks(self) -> dict[int, Block]:
         """The rows and columns of its table that each shard holds, by the parameter's id."""
         return {id(p): shard.layout.block(shard.spec) for p, shard in zip(self.params, self.shards)}
-
-
-def join_gradient_norm(engine: Any, norm: Callable[[], Tensor]) -> None:
-    """Make ZeRO-3's global gradient norm, hence its clipping, include one more norm.
-
-    Args:
-        engine: a DeepSpeed engine of stage 3.
-        norm: returns the global norm of gradients that ZeRO does not see, the same on all ranks.
-    """
-    zero = engine.optimizer
-    own_norms = zero._get_norm_groups
-    zero._get_norm_groups = lambda: [*own_norms(), norm()]

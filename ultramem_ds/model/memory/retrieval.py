@@ -20,7 +20,8 @@ from typing import NamedTuple, TypeAlias
 import torch
 from torch import Tensor, nn
 
-from ultramem_ds.config.schema import Candidates, MemoryConfig, ModelConfig
+from ultramem_ds.config.memory import Candidates, MemoryConfig
+from ultramem_ds.config.schema import ModelConfig
 from ultramem_ds.kernels.native import native_library
 from ultramem_ds.kernels.select import select_slots
 from ultramem_ds.model.memory.dots import row_dots
