@@ -31,6 +31,18 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
         help="DeepSpeed JSON; without it the preset's own of ds_configs/",
     )
     parser.add_argument(
+        "--extend",
+        action="store_true",
+        help="go on from the latest checkpoint under changed settings: train.max_steps, optim.*, "
+        "train.rollback, other data and more (docs/training.md); noted in config.json",
+    )
+    parser.add_argument(
+        "--init-from",
+        type=Path,
+        metavar="PATH",
+        help="start a new run from the weights of a run: fresh optimizer and schedule",
+    )
+    parser.add_argument(
         "--skip-samples",
         action="append",
         default=[],
@@ -87,6 +99,8 @@ def run(arguments: argparse.Namespace) -> int:
         arguments.deepspeed,
         world_size,
         [parse_range(text) for text in arguments.skip_samples],
+        extend=arguments.extend,
+        init_from=arguments.init_from,
     )
     if arguments.dry_run:
         if rank == 0:

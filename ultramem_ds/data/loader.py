@@ -20,7 +20,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from ultramem_ds.data.indexed import id_dtype
-from ultramem_ds.data.micro_batch import Boundaries, MicroBatch
+from ultramem_ds.data.micro_batch import NO_BOUNDARIES, Boundaries, MicroBatch
 from ultramem_ds.data.mixture import Mixture
 from ultramem_ds.data.skips import NO_SKIPS, SkipRanges
 
@@ -57,7 +57,7 @@ class BatchLoader:
         start_step: int = 0,
         num_workers: int = 1,
         prefetch: int = 4,
-        boundaries: Boundaries = Boundaries(),
+        boundaries: Boundaries = NO_BOUNDARIES,
         skips: SkipRanges = NO_SKIPS,
     ) -> None:
         if global_batch_size % (micro_batch_size * world_size):

@@ -84,6 +84,9 @@ class Boundaries:
         return MicroBatch(tokens, sample_ids, doc_starts, positions)
 
 
+NO_BOUNDARIES = Boundaries()
+
+
 def document_starts(dataset: IndexedDataset, begin: int, seq_len: int) -> npt.NDArray[np.int64]:
     """Where the document of each input position of a sequence starts.
 

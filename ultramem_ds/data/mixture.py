@@ -8,8 +8,8 @@ so that opening, jumping to any sample and 10^9 documents cost nothing:
    of 65,536 samples with fixed quotas per subset (weights rounded to 1/65,536, at least one).
    Within a block the k-th of a subset's q draws lies at a random place in [k/q, (k+1)/q) of the
    block, so that every prefix keeps the proportions within a few samples.
-2. Which sequence is the k-th draw of a subset? Epoch k // n, and in it a seeded permutation of the n
-   sequences: every sequence exactly once per epoch.
+2. Which sequence is the k-th draw of a subset? Epoch k // n, and in it a seeded permutation of
+   the n sequences: every sequence exactly once per epoch.
 
 Everything is a function of (dataset, weights, S, seed): the state of a run is the number of
 consumed samples, whatever the number of ranks and workers.

@@ -15,6 +15,7 @@ from ultramem_ds.checkpoint import directory as checkpoints
 from ultramem_ds.checkpoint.parameters import parameter_records
 from ultramem_ds.checkpoint.safe import DamagedCheckpointError, safe_load
 from ultramem_ds.checkpoint.saver import Saver
+from ultramem_ds.checkpoint.weights import WeightSource
 from ultramem_ds.config.deepspeed import BatchPlan, engine_config, zero_stage
 from ultramem_ds.config.load import to_dict
 from ultramem_ds.config.schema import Config
@@ -254,6 +255,15 @@ class TrainEngine:
             self.saver.finish()
             if self.saver.failure:
                 raise OSError(self.saver.failure)
+
+    def start_from(self, weights: WeightSource) -> None:
+        """Take weights from elsewhere, before the first step.
+
+        Raises:
+            ValueError: on every rank, if some rank cannot read its part.
+        """
+        self.checkpoint.start_from(weights)
+        self.model.mark_stale()
 
     def load(self, checkpoint: Path) -> checkpoints.TrainerState:
         """Restore parameters, optimizer state and random-number states, from any world size.

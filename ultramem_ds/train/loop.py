@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import time
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,6 +24,13 @@ from ultramem_ds.telemetry.metrics import MetricsWriter
 from ultramem_ds.telemetry.phases import Phases
 from ultramem_ds.train.engine import StepResult, TrainEngine
 from ultramem_ds.train.evaluate import Reader, SubsetLoss, evaluate
+from ultramem_ds.train.going_on import (
+    changes_since,
+    check_changes,
+    entry_of,
+    notes_on,
+    write_config,
+)
 from ultramem_ds.train.rollback import roll_back
 from ultramem_ds.train.run import Run, skips_of
 from ultramem_ds.utils.files import write_json
@@ -47,17 +55,14 @@ def train(run: Run) -> dict[str, Any]:
     stop = StopRequest()
     with stop.listening(), runtime() as ranks, contextlib.ExitStack() as stack:
         comm = Comm()
-        job = ""
+        start: tuple[str, Path | None] = ("", None)
         with comm.raising_together(ValueError), comm.raising_together(OSError):
             if ranks.is_main:
                 stack.enter_context(only_job(run.run_dir))
-                job = _prepare_run_dir(run)
-        job = comm.from_first(job)
+                start = _prepare_run_dir(run)
+        # Another node's view of a shared directory may be older.
+        job, latest = comm.from_first(start)
         stack.enter_context(Watchdog(run.run_dir, job, ranks, phases, run.config.train.watchdog_s))
-        # An earlier job may have saved once more before it let go of the directory; another node's
-        # view of a shared one may be older.
-        latest = checkpoints.newest_readable(run.run_dir) if ranks.is_main else None
-        latest = comm.from_first(latest)
         return _train(replace(run, resume_from=latest), ranks, phases, stop)
 
 
@@ -81,18 +86,44 @@ def _train(run: Run, ranks: Ranks, phases: Phases, stop: StopRequest) -> dict[st
         done_step = state.step
         if ranks.is_main:
             print(f"resuming {run.run_dir} from step {done_step}", flush=True)
+    elif run.origin is not None:
+        with engine.comm.raising_together(ValueError):
+            weights = run.origin.open(ranks.rank)
+        engine.start_from(weights)
     skips = skips_of(run.skip_samples, state)
     if skips.ranges and ranks.is_main:
         print(f"jumping over samples {format_ranges(skips.ranges)}", flush=True)
     return _Loop(run, ranks, engine, run.mixture, skips, done_step, last_step).run_to_end()
 
 
-def _prepare_run_dir(run: Run) -> str:
+def _prepare_run_dir(run: Run) -> tuple[str, Path | None]:
+    """Write what a run directory says of its run; one rank, which has the directory to itself.
+
+    Returns:
+        The job's name, and the checkpoint to go on from: an earlier job may have saved once more
+        before it let go of the directory.
+
+    Raises:
+        ValueError: what that job saved last does not go with this command.
+    """
     checkpoints.checkpoints_dir(run.run_dir).mkdir(parents=True, exist_ok=True)
-    write_json(run.run_dir / "config.json", to_dict(run.config))
+    latest = checkpoints.newest_readable(run.run_dir)
+    step, entry, notes = 0, None, []
+    if latest is not None:
+        state = checkpoints.read_trainer_state(latest)
+        changes = changes_since(latest, state, run.config, run.mixture.fingerprint)
+        check_changes(latest, state, changes, run.extend)
+        step, entry = state.step, entry_of(state.step, changes) if changes else None
+        notes = notes_on(changes, state, run.config)
+    elif run.origin is not None:
+        entry = run.origin.entry()
+        notes = [f"starting from the weights of {run.origin.path}, step {run.origin.step}"]
+    for note in notes:
+        print(note, flush=True)
+    write_config(run.run_dir, run.config, step, entry)
     write_json(run.run_dir / "deepspeed.json", run.deepspeed_json)
     load_tokenizer(run.data_dir).save(run.run_dir)
-    return Roster.reset(run.run_dir)
+    return Roster.reset(run.run_dir), latest
 
 
 class _Loop:
