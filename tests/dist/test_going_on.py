@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -34,10 +35,17 @@ def masters(run_dir: Path) -> dict[str, Tensor]:
     return found
 
 
-def train(run_dir: Path, data: Path, *words: str, nproc: int = 0, kind: str = "ultramem") -> str:
+def train(
+    run_dir: Path,
+    data: Path,
+    *words: str,
+    options: Sequence[str] = (),
+    nproc: int = 0,
+    kind: str = "ultramem",
+) -> str:
     result = run_verb(
         "train", "--preset", f"{kind}-debug", "--data", str(data), "--run-dir", str(run_dir),
-        *RUN_OVERRIDES, *words, nproc=nproc,
+        *options, *RUN_OVERRIDES, *words, nproc=nproc,
     )  # fmt: skip
     assert result.returncode == 0, result.stdout + result.stderr
     return result.stdout
@@ -50,12 +58,13 @@ def history(run_dir: Path) -> list[dict[str, Any]]:
 
 def test_extend(prepared: Path, trained: Path, tmp_path: Path) -> None:
     """Another learning rate, weight decay, length and seed of the data, from step 2 on."""
-    words = ["--extend", "optim.lr=0.004", "train.max_steps=6", "train.seed=1", "train.log_every=1"]
+    words = ["optim.lr=0.004", "train.max_steps=6", "train.seed=1", "train.log_every=1"]
     runs = {}
     for decay in (0.0, 0.5):
         run_dir = runs[decay] = Path(shutil.copytree(trained, tmp_path / f"decay-{decay}"))
+        decay_word = f"optim.weight_decay={decay}"
         log = train(
-            run_dir, prepared, *words, f"optim.weight_decay={decay}", "train.stop_at_step=3"
+            run_dir, prepared, *words, decay_word, "train.stop_at_step=3", options=["--extend"]
         )
         for key in ("optim.lr", "train.max_steps", "train.seed", "optim.weight_decay", "data "):
             assert key in log.partition("extended from step 2 on: ")[2].splitlines()[0], log
@@ -79,8 +88,7 @@ def test_extend(prepared: Path, trained: Path, tmp_path: Path) -> None:
         torch.testing.assert_close(decayed[name] - without[name], expected, rtol=1e-2, atol=3e-7)
 
     # The extended run is a run like any other now: the same settings resume without the option.
-    rest = [word for word in words if word != "--extend"]
-    log = train(runs[0.5], prepared, *rest, "optim.weight_decay=0.5", "train.stop_at_step=0")
+    log = train(runs[0.5], prepared, *words, "optim.weight_decay=0.5", "train.stop_at_step=0")
     assert "extended" not in log
     assert read_lines(runs[0.5] / "metrics.jsonl")[-1]["step"] == 6
     assert [entry["step"] for entry in history(runs[0.5])] == [2, 3]  # stop_at_step changed at 3
@@ -88,8 +96,9 @@ def test_extend(prepared: Path, trained: Path, tmp_path: Path) -> None:
 
 def started_run(source: Path, data: Path, run_dir: Path, kind: str, *words: str) -> str:
     # A step so small that fp32 weights do not move: what the run started from is what it saves.
-    still = ["optim.lr=1e-30", "train.stop_at_step=1", "--init-from", str(source)]
-    return train(run_dir, data, *still, *words, nproc=2, kind=kind)
+    still = ["optim.lr=1e-30", "train.stop_at_step=1"]
+    options = ["--init-from", str(source)]
+    return train(run_dir, data, *still, *words, options=options, nproc=2, kind=kind)
 
 
 def assert_fresh_copy(source: Path, run_dir: Path) -> None:
@@ -119,7 +128,7 @@ def test_init_from_a_run_of_one_rank(prepared: Path, trained: Path, tmp_path: Pa
     other = Path(shutil.copytree(trained, tmp_path / "other"))
     refused = run_verb(
         "train", "--preset", "ultramem-debug", "--data", str(prepared), "--run-dir", str(other),
-        *RUN_OVERRIDES, "--init-from", str(trained),
+        "--init-from", str(trained), *RUN_OVERRIDES,
     )  # fmt: skip
     assert refused.returncode == 2 and "did not start from" in refused.stderr
 

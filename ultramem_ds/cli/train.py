@@ -81,7 +81,8 @@ def run(arguments: argparse.Namespace) -> int:
     from ultramem_ds.train.run import prepare_run
     from ultramem_ds.utils import environment
 
-    rank, world_size = environment.rank(), environment.world_size()
+    world = environment.adopt()
+    world_size = world.size
     if "world_size" in arguments:
         if not arguments.dry_run:
             raise ValueError(
@@ -103,7 +104,7 @@ def run(arguments: argparse.Namespace) -> int:
         init_from=arguments.init_from,
     )
     if arguments.dry_run:
-        if rank == 0:
+        if world.rank == 0:
             print(describe(dry_run(checked)))
         return 0
     train(checked)

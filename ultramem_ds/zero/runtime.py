@@ -1,11 +1,10 @@
-"""Start and stop the process group: the same under ``deepspeed``, ``torchrun`` and plain Python."""
+"""Start and stop the process group: the same under any launcher and plain Python."""
 
 from __future__ import annotations
 
 import contextlib
 import logging
 import os
-import socket
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -13,6 +12,8 @@ from datetime import timedelta
 
 import torch
 
+from ultramem_ds.utils.environment import World, adopt
+from ultramem_ds.utils.ports import free_port, is_taken
 from ultramem_ds.zero.deepspeed_import import deepspeed
 
 
@@ -38,24 +39,58 @@ class Ranks:
         return self.rank == 0
 
 
-def _free_port() -> int:
-    with socket.socket() as sock:
-        sock.bind(("127.0.0.1", 0))
-        return int(sock.getsockname()[1])
+@contextlib.contextmanager
+def _meeting_itself() -> Iterator[None]:
+    """What a launcher would have set for one process."""
+    ours = {
+        "RANK": "0",
+        "WORLD_SIZE": "1",
+        "LOCAL_RANK": "0",
+        "LOCAL_WORLD_SIZE": "1",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(free_port()),
+    }
+    before = {name: os.environ.get(name) for name in ours}
+    os.environ.update(ours)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
 
 
-def _single_process_environment() -> None:
-    """What a launcher would have set; DeepSpeed would look for MPI instead."""
-    if "RANK" in os.environ:
-        return
-    os.environ.update(
-        RANK="0",
-        WORLD_SIZE="1",
-        LOCAL_RANK="0",
-        LOCAL_WORLD_SIZE="1",
-        MASTER_ADDR="127.0.0.1",
-        MASTER_PORT=str(_free_port()),
-    )
+def _check_port(world: World) -> None:
+    """Whether rank 0 can listen where the others will look for it.
+
+    Raises:
+        ValueError: it cannot; found in a moment, and not when all have waited.
+    """
+    # Under torchrun the agent listens already, for its ranks.
+    agent_listens = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    if world.rank == 0 and not agent_listens and is_taken(world.master_port):
+        raise ValueError(
+            f"port {world.master_port} of this machine is taken by another program: set "
+            "MASTER_PORT to a free one, the same for all ranks"
+        )
+
+
+def _cuda_device(world: World) -> torch.device:
+    """This rank's device; where each rank is shown one device of its own, that one.
+
+    Raises:
+        ValueError: there are more ranks here than devices.
+    """
+    count = torch.cuda.device_count()
+    index = 0 if count == 1 and os.environ.get("CUDA_VISIBLE_DEVICES") else world.local_rank
+    if index >= count:
+        raise ValueError(
+            f"rank {world.rank} is number {world.local_rank} on a machine that shows {count} GPUs: "
+            "start as many ranks as it has"
+        )
+    return torch.device("cuda", index)
 
 
 @contextlib.contextmanager
@@ -67,25 +102,34 @@ def runtime(timeout_s: float = 1800.0) -> Iterator[Ranks]:
 
     Yields:
         Where this process stands.
+
+    Raises:
+        ValueError: it does not know where, or cannot meet the others.
     """
-    _single_process_environment()
-    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    world = adopt()
     cuda = torch.cuda.is_available()
-    device = torch.device("cuda", local_rank) if cuda else torch.device("cpu")
+    device = _cuda_device(world) if cuda else torch.device("cpu")
     if cuda:
         torch.cuda.set_device(device)
-    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
-    with contextlib.redirect_stdout(sys.stderr):
-        deepspeed.init_distributed(
-            "nccl" if cuda else "gloo", timeout=timedelta(seconds=timeout_s), verbose=False
-        )
-    try:
+    with contextlib.ExitStack() as stack:
+        if world.master_addr:
+            _check_port(world)
+        else:
+            stack.enter_context(_meeting_itself())
+        logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+        with contextlib.redirect_stdout(sys.stderr):
+            deepspeed.init_distributed(
+                "nccl" if cuda else "gloo", timeout=timedelta(seconds=timeout_s), verbose=False
+            )
+        stack.callback(_leave)
         yield Ranks(
-            rank=int(os.environ["RANK"]),
-            world_size=int(os.environ["WORLD_SIZE"]),
-            local_rank=local_rank,
+            rank=world.rank,
+            world_size=world.size,
+            local_rank=world.local_rank,
             device=device,
         )
-    finally:
-        if torch.distributed.is_initialized():
-            torch.distributed.destroy_process_group()
+
+
+def _leave() -> None:
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
