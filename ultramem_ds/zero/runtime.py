@@ -13,8 +13,8 @@ from datetime import timedelta
 import torch
 
 from ultramem_ds.utils.environment import World, adopt
-from ultramem_ds.utils.ports import free_port, is_taken
 from ultramem_ds.zero.deepspeed_import import deepspeed
+from ultramem_ds.zero.rendezvous import giving_up, meeting_point
 
 
 @dataclass(frozen=True)
@@ -37,44 +37,6 @@ class Ranks:
     def is_main(self) -> bool:
         """Whether this process writes logs and files that exist once."""
         return self.rank == 0
-
-
-@contextlib.contextmanager
-def _meeting_itself() -> Iterator[None]:
-    """What a launcher would have set for one process."""
-    ours = {
-        "RANK": "0",
-        "WORLD_SIZE": "1",
-        "LOCAL_RANK": "0",
-        "LOCAL_WORLD_SIZE": "1",
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(free_port()),
-    }
-    before = {name: os.environ.get(name) for name in ours}
-    os.environ.update(ours)
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            if value is None:
-                del os.environ[name]
-            else:
-                os.environ[name] = value
-
-
-def _check_port(world: World) -> None:
-    """Whether rank 0 can listen where the others will look for it.
-
-    Raises:
-        ValueError: it cannot; found in a moment, and not when all have waited.
-    """
-    # Under torchrun the agent listens already, for its ranks.
-    agent_listens = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
-    if world.rank == 0 and not agent_listens and is_taken(world.master_port):
-        raise ValueError(
-            f"port {world.master_port} of this machine is taken by another program: set "
-            "MASTER_PORT to a free one, the same for all ranks"
-        )
 
 
 def _cuda_device(world: World) -> torch.device:
@@ -112,12 +74,9 @@ def runtime(timeout_s: float = 1800.0) -> Iterator[Ranks]:
     if cuda:
         torch.cuda.set_device(device)
     with contextlib.ExitStack() as stack:
-        if world.master_addr:
-            _check_port(world)
-        else:
-            stack.enter_context(_meeting_itself())
+        stack.enter_context(meeting_point(world))
         logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
-        with contextlib.redirect_stdout(sys.stderr):
+        with contextlib.redirect_stdout(sys.stderr), giving_up(world):
             deepspeed.init_distributed(
                 "nccl" if cuda else "gloo", timeout=timedelta(seconds=timeout_s), verbose=False
             )
