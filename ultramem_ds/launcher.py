@@ -9,6 +9,9 @@ SIGTERM and SIGUSR1 to this process go to the ranks, SIGINT (Ctrl-C) as SIGTERM.
 end after the step in progress, saved, with exit code 0, and so does this process; other verbs end
 at once. A second Ctrl-C kills everything.
 
+What DeepSpeed's launcher logs goes to ``RUN/logs/launcher.log`` and not to the console, unless the
+command has ``--verbose``.
+
 If a process of DeepSpeed's launcher is killed, the ranks below it are told to stop, given a grace
 period, and killed.
 """
@@ -28,6 +31,7 @@ from types import FrameType
 
 import psutil
 
+from ultramem_ds.utils.console import LOGS, Sorter
 from ultramem_ds.utils.launch import Launch, parse_launch
 
 POLL_S = 0.5
@@ -57,7 +61,14 @@ class Launcher:
             env=environment,
             start_new_session=True,
             preexec_fn=_ignore_usr1,
+            **({} if launch.verbose else {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}),
         )
+        self._library_lines: list[bytes] = []
+        self._sorters = [
+            Sorter(source, console, self._library_lines)
+            for source, console in ((self._runner.stdout, 1), (self._runner.stderr, 2))
+            if source is not None
+        ]
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
         self._received.append(number)
@@ -67,8 +78,20 @@ class Launcher:
         try:
             return self._wait()
         finally:
+            for sorter in self._sorters:
+                sorter.finish(WORKERS_GRACE_S)
+            self._keep_library_lines()
             if self._hostfile is not None:
                 self._hostfile.unlink()
+
+    def _keep_library_lines(self) -> None:
+        """In the run directory, if there came to be one."""
+        run_dir = self._launch.run_dir
+        if run_dir is not None and run_dir.is_dir() and self._library_lines:
+            with contextlib.suppress(OSError):  # a full disk is no reason to end otherwise
+                (run_dir / LOGS).mkdir(exist_ok=True)
+                with open(run_dir / LOGS / "launcher.log", "ab") as file:
+                    file.writelines(self._library_lines)
 
     def _wait(self) -> int:
         handed_on, repeat_at_s, look_at_s = 0, float("inf"), 0.0

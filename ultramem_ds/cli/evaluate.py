@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 from dataclasses import asdict
 from pathlib import Path
 
@@ -43,6 +42,7 @@ def run(arguments: argparse.Namespace) -> int:
     from ultramem_ds.data.tokenizers import load_tokenizer
     from ultramem_ds.infer.load import load_model
     from ultramem_ds.train.evaluate import evaluate
+    from ultramem_ds.utils.files import to_json
 
     if arguments.batch_size < 1 or arguments.max_sequences < 0:
         raise ValueError("--batch-size must be positive and --max-sequences not negative")
@@ -68,7 +68,7 @@ def run(arguments: argparse.Namespace) -> int:
         )
     if arguments.json:
         results = {n: {**asdict(r), "perplexity": r.perplexity} for n, r in losses.items()}
-        print(json.dumps(results, indent=2))
+        print(to_json(results, indent=2))
         return 0
     print(f"{Boundaries.of(config.data).describe()}, as in training")
     print(f"{'subset':<24}{'loss':>10}{'perplexity':>14}{'bits/byte':>12}{'tokens':>14}")

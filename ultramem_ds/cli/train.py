@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from ultramem_ds.utils.console import LibraryOutput
 
 
 def add_parser(subparsers: argparse._SubParsersAction) -> None:
@@ -64,6 +68,11 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
         help="with --dry-run: as if on P ranks; otherwise the launcher decides",
     )
     parser.add_argument(
+        "--verbose",
+        action="store_true",
+        help="show what DeepSpeed and PyTorch print, instead of writing it to RUN/logs/",
+    )
+    parser.add_argument(
         "overrides",
         nargs="*",
         metavar="section.key=value",
@@ -74,6 +83,13 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Check the run, then train."""
+    from ultramem_ds.utils.console import libraries_apart
+
+    with libraries_apart(arguments.verbose) as libraries:
+        return _run(arguments, libraries)
+
+
+def _run(arguments: argparse.Namespace, libraries: LibraryOutput | None) -> int:
     from ultramem_ds.config.load import load_config
     from ultramem_ds.data.skips import parse_range
     from ultramem_ds.train.dry_run import describe, dry_run
@@ -81,6 +97,8 @@ def run(arguments: argparse.Namespace) -> int:
     from ultramem_ds.train.run import prepare_run
     from ultramem_ds.utils import environment
 
+    if libraries is not None:
+        libraries.speak()
     world = environment.adopt()
     world_size = world.size
     if "world_size" in arguments:
@@ -107,5 +125,5 @@ def run(arguments: argparse.Namespace) -> int:
         if world.rank == 0:
             print(describe(dry_run(checked)))
         return 0
-    train(checked)
+    train(checked, libraries)
     return 0

@@ -33,6 +33,7 @@ from ultramem_ds.train.going_on import (
 )
 from ultramem_ds.train.rollback import roll_back
 from ultramem_ds.train.run import Run, skips_of
+from ultramem_ds.utils.console import LOGS, LibraryOutput
 from ultramem_ds.utils.files import write_json
 from ultramem_ds.watch.desync import DesyncGuard, code_digest, digest
 from ultramem_ds.watch.faultlog import log_fault
@@ -45,8 +46,12 @@ from ultramem_ds.zero.replicated import replicated
 from ultramem_ds.zero.runtime import Ranks, runtime
 
 
-def train(run: Run) -> dict[str, Any]:
+def train(run: Run, libraries: LibraryOutput | None = None) -> dict[str, Any]:
     """Train to ``train.max_steps`` (or ``train.stop_at_step``); returns the run's summary.
+
+    Args:
+        run: checked.
+        libraries: what they print, to be kept in the run directory; None leaves it where it goes.
 
     Returns:
         ``{step, val_loss, tokens_per_s, peak_memory_bytes, ...}``, the same on every rank.
@@ -62,6 +67,8 @@ def train(run: Run) -> dict[str, Any]:
                 start = _prepare_run_dir(run)
         # Another node's view of a shared directory may be older.
         job, latest = comm.from_first(start)
+        if libraries is not None:
+            libraries.keep(run.run_dir / LOGS / f"rank-{ranks.rank:05d}.log")
         stack.enter_context(Watchdog(run.run_dir, job, ranks, phases, run.config.train.watchdog_s))
         return _train(replace(run, resume_from=latest), ranks, phases, stop)
 

@@ -38,6 +38,18 @@ class Launch:
     by_ssh: bool = False
     force_ssh: bool = False
 
+    @property
+    def verbose(self) -> bool:
+        """Whether the command has ``--verbose``."""
+        return "--verbose" in self.given
+
+    @property
+    def run_dir(self) -> Path | None:
+        """The command's ``--run-dir``."""
+        words = [part for word in self.given for part in word.split("=", 1)]
+        found = words[words.index("--run-dir") + 1 :] if "--run-dir" in words else []
+        return Path(found[0]) if found else None
+
     def arguments(self, made_hostfile: Path | None) -> list[str]:
         """Of DeepSpeed's runner."""
         hosts = ["--hostfile", str(made_hostfile)] if made_hostfile is not None else []

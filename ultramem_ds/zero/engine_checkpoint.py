@@ -72,7 +72,7 @@ class EngineCheckpoint:
             copies: copies the state to host memory; without, it must be written before training
                 goes on.
         """
-        with contextlib.redirect_stdout(sys.stderr):
+        with contextlib.redirect_stdout(sys.__stderr__):
             self.engine.save_checkpoint(
                 str(directory), tag=tag, save_latest=False, exclude_frozen_parameters=True
             )
@@ -168,7 +168,7 @@ class EngineCheckpoint:
     def _load_exactly(self, reader: CheckpointReader) -> None:
         checkpoint = reader.checkpoint
         own = [dict(group, params=None) for group in self.engine.optimizer.param_groups]
-        with contextlib.redirect_stdout(sys.stderr):
+        with contextlib.redirect_stdout(sys.__stderr__):
             # Not strict: parameters that DeepSpeed does not train are not in its files.
             path, _ = self.engine.load_checkpoint(
                 str(checkpoint.parent), tag=checkpoint.name, load_module_strict=False

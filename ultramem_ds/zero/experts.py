@@ -55,7 +55,7 @@ class ExpertParallelMLP(nn.Module):
     def __init__(self, config: Config, ep_size: int) -> None:
         super().__init__()
         moe = config.moe
-        with contextlib.redirect_stdout(sys.stderr):
+        with contextlib.redirect_stdout(sys.__stderr__):
             self.moe = deepspeed.moe.layer.MoE(
                 hidden_size=config.model.hidden_size,
                 expert=FeedForward(config.model.hidden_size, config.model.inner_size),

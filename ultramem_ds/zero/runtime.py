@@ -76,7 +76,7 @@ def runtime(timeout_s: float = 1800.0) -> Iterator[Ranks]:
     with contextlib.ExitStack() as stack:
         stack.enter_context(meeting_point(world))
         logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
-        with contextlib.redirect_stdout(sys.stderr), giving_up(world):
+        with contextlib.redirect_stdout(sys.__stderr__), giving_up(world):
             deepspeed.init_distributed(
                 "nccl" if cuda else "gloo", timeout=timedelta(seconds=timeout_s), verbose=False
             )
