@@ -249,6 +249,7 @@ class TrainEngine:
             config=to_dict(self.config),
             skipped_samples=[list(r) for r in skips.ranges],
             guard=self.guard.state(),
+            micro_batch_size=self.batches.micro_batch_size,
         )
         self.saver.begin(run_dir, state, {_rng_file(self.ranks): _rng_states(self.ranks)})
         if wait:

@@ -17,6 +17,7 @@ from ultramem_ds.data.micro_batch import Boundaries
 from ultramem_ds.data.mixture import Mixture
 from ultramem_ds.data.skips import Range, SkipRanges, format_ranges
 from ultramem_ds.data.tokenizers import load_tokenizer
+from ultramem_ds.planning.batches import agree_on_batches
 from ultramem_ds.sharding.comm import Comm
 from ultramem_ds.telemetry.board import hyper_parameters
 from ultramem_ds.telemetry.memory_use import peak_memory_bytes
@@ -76,9 +77,10 @@ def train(run: Run, libraries: LibraryOutput | None = None) -> dict[str, Any]:
 def _train(run: Run, ranks: Ranks, phases: Phases, stop: StopRequest) -> dict[str, Any]:
     """What every rank does, from an empty process group to the summary."""
     config = run.config
-    done_step = 0
+    done_step = recorded = 0
     if run.resume_from is not None:
-        done_step = checkpoints.read_trainer_state(run.resume_from).step
+        state = checkpoints.read_trainer_state(run.resume_from)
+        done_step, recorded = state.step, state.micro_batch_size
     last_step = config.train.max_steps
     if config.train.stop_at_step:
         last_step = min(last_step, config.train.stop_at_step)
@@ -86,18 +88,20 @@ def _train(run: Run, ranks: Ranks, phases: Phases, stop: StopRequest) -> dict[st
         if ranks.is_main:
             print(f"{run.run_dir} is finished: step {done_step} of {last_step}", flush=True)
         return {"step": done_step}
+    batches = agree_on_batches(config, Comm(), ranks.device, recorded)
+    run = replace(run, batches=batches)
     engine = TrainEngine(config, ranks, run.deepspeed_json, run.batches, phases, stop)
-    state = None
+    loaded = None
     if run.resume_from is not None:
-        state = engine.load_last_good(run.run_dir)
-        done_step = state.step
+        loaded = engine.load_last_good(run.run_dir)
+        done_step = loaded.step
         if ranks.is_main:
             print(f"resuming {run.run_dir} from step {done_step}", flush=True)
     elif run.origin is not None:
         with engine.comm.raising_together(ValueError):
             weights = run.origin.open(ranks.rank)
         engine.start_from(weights)
-    skips = skips_of(run.skip_samples, state)
+    skips = skips_of(run.skip_samples, loaded)
     if skips.ranges and ranks.is_main:
         print(f"jumping over samples {format_ranges(skips.ranges)}", flush=True)
     return _Loop(run, ranks, engine, run.mixture, skips, done_step, last_step).run_to_end()
@@ -261,7 +265,9 @@ class _Loop:
             "learning rates": digest([g["lr"] for g in engine.engine.optimizer.param_groups]),
         }
         if at_start:
-            items["configuration"] = digest((to_dict(self.config), self.run.deepspeed_json))
+            items["configuration"] = digest(
+                (to_dict(self.config), self.run.deepspeed_json, self.run.batches)
+            )
             items["code"] = code_digest()
         self.desync.compare(items, everything=at_start)
 
