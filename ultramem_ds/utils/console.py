@@ -40,7 +40,7 @@ class LibraryOutput:
     def __init__(self) -> None:
         self._file: BinaryIO = tempfile.TemporaryFile("a+b")  # noqa: SIM115 - close() is below
         self._console = [os.dup(descriptor) for descriptor in (1, 2)]
-        self._streams: tuple[TextIO, TextIO] | None = None
+        self._streams: list[TextIO | None] = []
         self.kept: Path | None = None
         self._point_at(self._file.fileno())
 
@@ -54,7 +54,7 @@ class LibraryOutput:
         """From here on ``print`` reaches the console; libraries imported before do not."""
         if sys.stdout is not sys.__stdout__ or sys.stderr is not sys.__stderr__:
             return  # somebody else has taken them
-        self._streams = (sys.stdout, sys.stderr)
+        self._streams = [sys.stdout, sys.stderr]
         sys.stdout, sys.stderr = (
             os.fdopen(os.dup(descriptor), "w", buffering=1, encoding="utf-8", errors="replace")
             for descriptor in self._console
@@ -80,7 +80,7 @@ class LibraryOutput:
 
     def close(self) -> None:
         """Give the console back."""
-        if self._streams is not None:
+        if self._streams:
             for ours, theirs in zip((sys.stdout, sys.stderr), self._streams):
                 if ours is not theirs:
                     ours.close()
