@@ -47,8 +47,8 @@ clean-demo: ## forget the demo: corpus, data, runs
 test: install ## run the tests, TEST_JOBS at a time
 	$(PY) -m pytest -n $(TEST_JOBS) --dist worksteal
 
-golden: install ## record tests/golden/ anew, after a change of the mathematics
-	RECORD_GOLDEN=1 $(PY) -m pytest tests/dist/test_golden.py
+golden: install ## record tests/golden/ anew, after a change of mathematics or command line
+	RECORD_GOLDEN=1 $(PY) -m pytest tests/dist/test_golden.py tests/unit/test_command_line_frozen.py
 
 bad-input: install ## write docs/bad-input.md anew from the messages of today
 	UPDATE_BAD_INPUT=1 $(PY) -m pytest tests/unit/test_bad_input.py

@@ -53,7 +53,7 @@ def series(job: dict[str, Any], data: Path, ranks: Ranks) -> list[list[float]]:
 def main() -> None:
     jobs = json.loads(Path(sys.argv[1]).read_text())
     with runtime() as ranks:
-        found = {name: series(job, Path(jobs["data"]), ranks) for name, job in jobs["jobs"].items()}
+        found = {name: series(job, Path(job.get("data", jobs["data"])), ranks) for name, job in jobs["jobs"].items()}
         if ranks.is_main:
             Path(f"{jobs['out']}-{ranks.world_size}.json").write_text(json.dumps(found))
 

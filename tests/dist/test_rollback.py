@@ -15,7 +15,7 @@ import pytest
 
 from tests.conftest import VOCAB_SIZE
 from tests.dist.launching import ROOT, environment
-from ultramem_ds.testing.chaos import difference, series
+from ultramem_ds.testing.trials import difference, series
 from ultramem_ds.testing.launched import faults_of
 from ultramem_ds.checkpoint.directory import latest_checkpoint, read_trainer_state
 

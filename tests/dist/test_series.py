@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from pydoc_data.topics import topics
 from typing import Any
 
 import pytest
@@ -19,6 +20,8 @@ from tests.dist.launching import run_module
 from ultramem_ds.config.load import load_config
 from ultramem_ds.data.loader import BatchLoader
 from ultramem_ds.data.mixture import Mixture
+from ultramem_ds.data.options import ReadOptions
+from ultramem_ds.data.prepare import PrepareConfig, prepare
 from ultramem_ds.model.init import init_module
 from ultramem_ds.model.lm import LanguageModel
 from ultramem_ds.optim.param_groups import SCHEDULES, build_param_groups
@@ -83,6 +86,9 @@ JOBS: dict[str, dict[str, Any]] = {
 for _name in ("dense", "moe", "ultramem"):
     _bf16 = [*JOBS[_name]["overrides"], "train.precision=bf16"]
     JOBS[f"{_name}-bf16"] = {**JOBS[_name], "overrides": _bf16, "ranks": [2]}
+# On prompts with answers, where micro-batches have different numbers of targets.
+for _name in ("dense", "ultramem"):
+    JOBS[f"{_name}-answers"] = {**JOBS[_name], "answers": True}
 for _job in JOBS.values():
     _job["steps"] = STEPS
 
@@ -111,11 +117,18 @@ def plain_series(job: dict[str, Any], data: Path) -> list[list[float]]:
     series = []
     for step in range(STEPS):
         total = 0.0
-        for _ in range(accumulation):
-            terms = model(next(loader).tokens)
-            loss = terms["loss"] + terms["aux_loss"] + terms["balance_loss"]
-            (loss / accumulation).backward()
-            total += float(terms["loss"].detach()) / accumulation
+        batches = [next(loader) for _ in range(accumulation)]
+        targets = sum(int(b.loss_mask.sum()) for b in batches if b.loss_mask is not None)
+        for batch in batches:
+            terms = model(batch.tokens)
+            mean = terms["loss"] / accumulation
+            if batch.loss_mask is not None:
+                nats = -model.logits(batch.tokens[:, :-1]).log_softmax(-1)
+                of_targets = nats.gather(2, batch.tokens[:, 1:, None])[..., 0][batch.loss_mask]
+                mean = of_targets.sum() / targets
+            others = terms["aux_loss"] + terms["balance_loss"]
+            (mean + others / accumulation).backward()
+            total += float(mean.detach())
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.optim.clip_grad)
         for group in optimizer.param_groups:
             group["lr"] = SCHEDULES[group["schedule"]](step, config.train.max_steps, config.optim)
@@ -127,17 +140,39 @@ def plain_series(job: dict[str, Any], data: Path) -> list[list[float]]:
 
 
 @pytest.fixture(scope="module")
-def oracle(prepared: Path) -> dict[str, list[list[float]]]:
-    return {name: plain_series(job, prepared) for name, job in JOBS.items()}
+def answers(prepared: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Prompts of a few words, each with an answer of many or few."""
+    root = tmp_path_factory.mktemp("answers")
+    texts = sorted(topics.values())
+    rows = [
+        {"prompt": text[:40], "completion": text[40 : 60 + 40 * (number % 17)]}
+        for number, text in enumerate(texts * 2)
+    ]
+    (root / "in.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    config = PrepareConfig(validation_share=0, reading=ReadOptions(format="completion"))
+    prepare([root / "in.jsonl"], root / "data", prepared, config)
+    return root / "data"
+
+
+@pytest.fixture(scope="module")
+def oracle(prepared: Path, answers: Path) -> dict[str, list[list[float]]]:
+    return {
+        name: plain_series(job, answers if job.get("answers") else prepared)
+        for name, job in JOBS.items()
+    }
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 4])
 def test_series_equal_the_plain_loop(
-    world_size: int, prepared: Path, oracle: dict[str, Any], tmp_path: Path
+    world_size: int, prepared: Path, answers: Path, oracle: dict[str, Any], tmp_path: Path
 ) -> None:
     jobs = tmp_path / "jobs.json"
     out = tmp_path / "series"
-    possible = {n: j for n, j in JOBS.items() if world_size in j.get("ranks", [1, 2, 4])}
+    possible = {
+        name: job | ({"data": str(answers)} if job.get("answers") else {})
+        for name, job in JOBS.items()
+        if world_size in job.get("ranks", [1, 2, 4])
+    }
     jobs.write_text(json.dumps({"data": str(prepared), "out": str(out), "jobs": possible}))
     run_module("tests.dist.series_worker", str(jobs), nproc=world_size)
     found = json.loads(Path(f"{out}-{world_size}.json").read_text())

@@ -128,10 +128,20 @@ def test_kv_cache_grows_by_blocks():
         torch.testing.assert_close(values, -keys, rtol=0, atol=0)
 
 
+class Bytes:
+    """A tokenizer of bytes."""
+
+    def decode(self, ids):
+        return bytes(ids).decode(errors="replace")
+
+    def is_byte(self, token):
+        return False
+
+
 def test_text_comes_in_pieces_that_join():
     text = "naïve — 世界 🌍 end" * 9
     ids = list(text.encode())
-    detokenizer = Detokenizer(lambda some: bytes(some).decode(errors="replace"))
+    detokenizer = Detokenizer(Bytes())
     pieces = [detokenizer.push(token) for token in ids]
     assert "".join(pieces) == text and detokenizer.rest() == ""
     assert "\ufffd" not in "".join(pieces)

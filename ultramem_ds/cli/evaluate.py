@@ -38,22 +38,20 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Load the checkpoint on one process and evaluate it."""
+    from ultramem_ds.checkpoint.directory import find_checkpoint, read_trainer_state, run_dir_of
+    from ultramem_ds.config.load import from_dict
     from ultramem_ds.data.micro_batch import Boundaries
-    from ultramem_ds.data.tokenizers import load_tokenizer
+    from ultramem_ds.data.same_tokenizer import require_same_tokenizer
     from ultramem_ds.infer.load import load_model
     from ultramem_ds.train.evaluate import evaluate
     from ultramem_ds.utils.files import to_json
 
     if arguments.batch_size < 1 or arguments.max_sequences < 0:
         raise ValueError("--batch-size must be positive and --max-sequences not negative")
-    vocab_size = load_tokenizer(arguments.data).vocab_size
+    run_dir = run_dir_of(arguments.checkpoint)
+    vocab_size = require_same_tokenizer(run_dir, arguments.data).vocab_size
     model = load_model(arguments.checkpoint)
-    config = model.config
-    if vocab_size > config.model.vocab_size:
-        raise ValueError(
-            f"the tokenizer of {arguments.data} has {vocab_size} entries, the model only "
-            f"{config.model.vocab_size}: this checkpoint was trained with another tokenizer"
-        )
+    config = from_dict(read_trainer_state(find_checkpoint(arguments.checkpoint)).config)
     losses = evaluate(
         lambda batch: model(*batch.model_inputs, vocab_limit=vocab_size)["loss"],
         arguments.data,

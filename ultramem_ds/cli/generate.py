@@ -66,11 +66,12 @@ def run(arguments: argparse.Namespace) -> int:
     limits = {"eos_id": tokenizer.eos_id, "vocab_size": tokenizer.vocab_size}
     if len(prompts) == 1:
         print(arguments.prompt[0], end="", flush=True)
-        text = Detokenizer(tokenizer.decode)
+        text = Detokenizer(tokenizer, prompts[0])
         for new in stream(model, prompts, sampling, **limits):
             print(text.push(new.token), end="", flush=True)
         print(text.rest())
         return 0
-    for prompt, ids in zip(arguments.prompt, generate(model, prompts, sampling, **limits)):
-        print(f"{prompt}{tokenizer.decode(ids)}\n")
+    continuations = generate(model, prompts, sampling, **limits)
+    for prompt, ids, new_ids in zip(arguments.prompt, prompts, continuations):
+        print(f"{prompt}{Detokenizer(tokenizer, ids).all(new_ids)}\n")
     return 0

@@ -13,6 +13,7 @@ from typing import Literal, TypeAlias
 from ultramem_ds.config.validation import STRICT, require
 
 Partition: TypeAlias = Literal["auto", "number-wise", "dimension-wise", "owner-pooled"]
+TableOptimizer: TypeAlias = Literal["dense", "row-sparse", "row-sparse-catch-up"]
 Candidates: TypeAlias = Literal["one-sided", "two-sided", "two-sided-full"]
 
 
@@ -142,7 +143,7 @@ class MemoryConfig(MemoryLayerConfig):
     kernel: str = "auto"  # lookup_reduce implementation; auto = fastest available
     compile: bool = False  # torch.compile what scores pairs, where no native call does
     # Adam over the shard, over touched rows, or over touched rows with skipped steps made up for
-    table_optimizer: Literal["dense", "row-sparse", "row-sparse-catch-up"] = "dense"
+    table_optimizer: TableOptimizer = "dense"
     stats_every: int = 50  # optimizer steps between training-state statistics; 0 = never
 
     def __post_init__(self) -> None:

@@ -92,7 +92,9 @@ class BatchLoader:
         self._iterator = iter(self._loader)
         while not self._closed:
             arrays = next(self._iterator)
-            yield self._boundaries.micro_batch(arrays.ids_bS1, arrays.sample_ids, arrays.starts_bS)
+            yield self._boundaries.micro_batch(
+                arrays.ids_bS1, arrays.sample_ids, arrays.starts_bS, arrays.mask_bS
+            )
 
     def close(self) -> None:
         """Stop the workers; an iteration in progress ends."""
@@ -155,6 +157,7 @@ class _Arrays:
     sample_ids: tuple[int, ...]
     ids_bS1: npt.NDArray[Any]  # uint16 or int32
     starts_bS: npt.NDArray[np.int32] | None
+    mask_bS: npt.NDArray[np.uint8] | None
 
 
 def _unchanged(arrays: Any) -> Any:
@@ -174,5 +177,8 @@ class _Samples(Dataset[_Arrays]):
         if self._with_starts:
             starts = [self._mixture.document_starts(index) for index in sample_ids]
             starts_bS = np.stack(starts).astype(np.int32)
+        mask_bS = None
+        if self._mixture.masked:
+            mask_bS = np.stack([self._mixture.loss_mask(index) for index in sample_ids])
         dtype = id_dtype(self._mixture.vocab_size)
-        return _Arrays(tuple(sample_ids), ids_bS1.astype(dtype), starts_bS)
+        return _Arrays(tuple(sample_ids), ids_bS1.astype(dtype), starts_bS, mask_bS)

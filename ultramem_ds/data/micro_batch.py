@@ -24,19 +24,28 @@ class MicroBatch:
     sample_ids: tuple[int, ...]  # global samples, b of them
     doc_starts: Tensor | None = None  # (b, S) int64, where each position's document starts
     positions: Tensor | None = None  # (b, S) int64, counted from the document's start
+    loss_mask: Tensor | None = None  # (b, S) bool, targets that count; None: all do
 
     def to(self, device: torch.device | str) -> MicroBatch:
         """The same on ``device``."""
-        moved = {
-            name: None if tensor is None else tensor.to(device, non_blocking=True)
-            for name, tensor in (("doc_starts", self.doc_starts), ("positions", self.positions))
+        tensors: dict[str, Any] = {
+            name: value.to(device, non_blocking=True)
+            for name, value in vars(self).items()
+            if isinstance(value, Tensor)
         }
-        return replace(self, tokens=self.tokens.to(device, non_blocking=True), **moved)
+        return replace(self, **tensors)
 
     @property
-    def model_inputs(self) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    def model_inputs(self) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
         """The arguments of ``LanguageModel.forward``."""
-        return self.tokens, self.doc_starts, self.positions
+        return self.tokens, self.doc_starts, self.positions, self.loss_mask
+
+    @property
+    def num_targets(self) -> int:
+        """Targets that the loss is the mean over."""
+        if self.loss_mask is None:
+            return self.tokens[:, 1:].numel()
+        return int(self.loss_mask.sum())
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,6 +76,7 @@ class Boundaries:
         ids_bS1: npt.NDArray[Any],
         sample_ids: tuple[int, ...],
         starts_bS: npt.NDArray[Any] | None,
+        mask_bS: npt.NDArray[np.uint8] | None = None,
     ) -> MicroBatch:
         """Tensors of a forward from arrays of any integer dtype.
 
@@ -74,6 +84,7 @@ class Boundaries:
             ids_bS1: (b, S + 1) token ids.
             sample_ids: b numbers.
             starts_bS: (b, S) document starts, see :func:`document_starts`; None if not ``needed``.
+            mask_bS: (b, S) 1 for targets that count; None where all do.
         """
         tokens = torch.from_numpy(ids_bS1.astype(np.int64))
         doc_starts = positions = None
@@ -81,7 +92,8 @@ class Boundaries:
             starts = torch.from_numpy(starts_bS.astype(np.int64))
             doc_starts = starts if self.document_mask else None
             positions = torch.arange(starts.shape[1]) - starts if self.reset_positions else None
-        return MicroBatch(tokens, sample_ids, doc_starts, positions)
+        mask = None if mask_bS is None else torch.from_numpy(mask_bS).bool()
+        return MicroBatch(tokens, sample_ids, doc_starts, positions, mask)
 
 
 NO_BOUNDARIES = Boundaries()

@@ -28,7 +28,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from ultramem_ds.data.indexed import IndexedDataset
+from ultramem_ds.data.indexed import IndexedDataset, open_mask
 from ultramem_ds.data.manifest import Manifest, SubsetInfo, load_manifest, prefix_of
 from ultramem_ds.data.micro_batch import document_starts
 from ultramem_ds.data.permutation import Permutation, stable_hash
@@ -125,6 +125,10 @@ class Mixture:
             IndexedDataset(prefix_of(Path(data_dir), (split, name)), random_access=True)
             for name in self.subsets
         ]
+        self._masks = [
+            open_mask(prefix_of(Path(data_dir), infos[name].group)) if infos[name].masked else None
+            for name in self.subsets
+        ]
         self.num_sequences = {
             name: num_sequences(dataset.num_tokens, seq_len)
             for name, dataset in zip(self.subsets, self._datasets)
@@ -135,6 +139,7 @@ class Mixture:
             "tokenizer": manifest.tokenizer.hash,
             "subsets": [
                 [name, infos[name].tokens, infos[name].sha256, quotas[name]]
+                + [infos[name].answer_tokens] * infos[name].masked
                 for name in self.subsets
             ],
         }
@@ -176,6 +181,20 @@ class Mixture:
         location = self.locate(index)
         begin = location.sequence * self.seq_len
         return document_starts(self._datasets[location.subset], begin, self.seq_len)
+
+    @property
+    def masked(self) -> bool:
+        """Whether some subset says which targets count."""
+        return any(mask is not None for mask in self._masks)
+
+    def loss_mask(self, index: int) -> npt.NDArray[np.uint8]:
+        """(S,) 1 for the targets of sample ``index`` that count, all of them in plain text."""
+        location = self.locate(index)
+        begin = location.sequence * self.seq_len + 1
+        mask = self._masks[location.subset]
+        if mask is None:
+            return np.ones(self.seq_len, np.uint8)
+        return np.array(mask[begin : begin + self.seq_len])
 
     def subset_of(self, index: int) -> str:
         """Name of the subset that global sample ``index`` is drawn from."""

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ultramem_ds.data.indexed import IndexedDataset
+from ultramem_ds.data.indexed import IndexedDataset, open_mask
 from ultramem_ds.data.manifest import load_manifest, prefix_of
 from ultramem_ds.data.micro_batch import Boundaries, MicroBatch, document_starts
 from ultramem_ds.data.mixture import IdArray, num_sequences
@@ -37,7 +37,9 @@ class ValidationSet:
         self.subset = subset
         self.seq_len = seq_len
         self.info = infos[subset]
-        self._dataset = IndexedDataset(prefix_of(Path(data_dir), ("validation", subset)))
+        prefix = prefix_of(Path(data_dir), ("validation", subset))
+        self._dataset = IndexedDataset(prefix)
+        self._mask = open_mask(prefix) if self.info.masked else None
 
     @property
     def bytes_per_token(self) -> float:
@@ -60,8 +62,12 @@ class ValidationSet:
             begins = [index * self.seq_len for index in indices]
             found = [document_starts(self._dataset, begin, self.seq_len) for begin in begins]
             starts = np.stack(found)
+        mask = None
+        if self._mask is not None:
+            begins = [index * self.seq_len + 1 for index in indices]
+            mask = np.stack([self._mask[begin : begin + self.seq_len] for begin in begins])
         return boundaries.micro_batch(
-            np.stack([self[index] for index in indices]), tuple(indices), starts
+            np.stack([self[index] for index in indices]), tuple(indices), starts, mask
         )
 
     def __iter__(self) -> Iterator[IdArray]:

@@ -29,6 +29,8 @@ from ultramem_ds.model.transformer import (
     rotary_tables,
 )
 
+_NO_TARGET = -100  # no token has this id
+
 
 class StepInputs(NamedTuple):
     """What a forward over S further positions of a decoding batch is given."""
@@ -166,9 +168,13 @@ class LanguageModel(nn.Module):
         tokens_BS1: Tensor,
         doc_begins_BS: Tensor | None = None,
         positions_BS: Tensor | None = None,
+        loss_mask_BS: Tensor | None = None,
         vocab_limit: int | None = None,
     ) -> LossTerms:
         """Next-token losses of ``(B, S + 1)`` token ids; see :meth:`hidden` for the rest.
+
+        The loss is the mean over the targets, with ``loss_mask_BS`` (bool) over those it marks,
+        and 0 if it marks none.
 
         ``vocab_limit`` masks the logits of the vocabulary's padding (evaluation); training leaves
         them in.
@@ -176,9 +182,15 @@ class LanguageModel(nn.Module):
         inputs_BS, targets_BS = tokens_BS1[:, :-1], tokens_BS1[:, 1:]
         x_BSD, balance, counts, aux = self.hidden(inputs_BS, doc_begins_BS, positions_BS)
         logits_BSW = self.head(x_BSD)
-        loss = F.cross_entropy(
-            logits_BSW[..., :vocab_limit].float().flatten(0, 1), targets_BS.reshape(-1)
-        )
+        scores_TW, targets_T = logits_BSW[..., :vocab_limit].flatten(0, 1), targets_BS.reshape(-1)
+        if loss_mask_BS is None:
+            loss = F.cross_entropy(scores_TW.float(), targets_T)
+        else:
+            targets_T = targets_T.masked_fill(~loss_mask_BS.flatten(), _NO_TARGET)
+            total = F.cross_entropy(
+                scores_TW.float(), targets_T, ignore_index=_NO_TARGET, reduction="sum"
+            )
+            loss = total / loss_mask_BS.sum().clamp_min(1)
         zero = loss.new_zeros(())
         config = self.config
         return LossTerms(

@@ -107,13 +107,15 @@ class TrainEngine:
         sums = torch.zeros(3, device=self.ranks.device)
         counts: Tensor | None = None
         losses: list[tuple[tuple[int, ...], Tensor]] = []
+        weighted = self._weighted(micro_batches)
         for index in range(self.batches.accumulation_steps):
             with self.phases("data"):
-                batch = next(micro_batches)
+                batch, weight = next(weighted)
                 inputs = batch.to(self.ranks.device).model_inputs
             with self.phases("forward"):
                 terms = self.engine(*inputs)
             with self.phases("backward"):
+                terms["loss"] = terms["loss"] * weight
                 total = terms["loss"] + terms["aux_loss"] + terms["balance_loss"]
                 self.engine.backward(poison_unless_finite(total))
             losses.append((batch.sample_ids, total.detach()))
@@ -152,6 +154,25 @@ class TrainEngine:
             expert_share=share.tolist() if share.numel() else [],
             memory=self.statistics.after_step(step),
         )
+
+    def _weighted(self, micro_batches: Iterator[MicroBatch]) -> Iterator[tuple[MicroBatch, float]]:
+        """A step's micro-batches, each with the factor of its mean loss.
+
+        The engine averages over micro-batches and ranks. Where only some targets count, a
+        micro-batch weighs as many as it has: the step's loss is the mean over all of them. Then
+        their number is needed first, so that all micro-batches are read; a collective.
+        """
+        steps = self.batches.accumulation_steps
+        first = next(micro_batches)
+        if first.loss_mask is None:
+            yield first, 1.0
+            yield from ((next(micro_batches), 1.0) for _ in range(steps - 1))
+            return
+        batches = [first, *(next(micro_batches) for _ in range(steps - 1))]
+        mine = sum(batch.num_targets for batch in batches)
+        total = torch.tensor(float(mine), dtype=torch.float64, device=self.ranks.device)
+        scale = self.ranks.world_size * steps / max(1.0, float(self.comm.all_reduce_(total)))
+        yield from ((batch, batch.num_targets * scale) for batch in batches)
 
     def _suspects(self, losses: list[tuple[tuple[int, ...], Tensor]]) -> dict[int, tuple[int, ...]]:
         """Samples of micro-batches whose loss is not finite, by rank; a collective."""

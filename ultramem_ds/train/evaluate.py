@@ -6,6 +6,7 @@ Definitions, the same inside a run and in ``evaluate``:
 - A subset is its documents, concatenated and cut into sequences of S predicted tokens; the last
   partial sequence is left out. Its loss is the mean over the predicted tokens of its sequences, or
   of the first ``max_sequences`` of them. The model is told of documents as in training.
+  In subsets of prompts and answers the answers' tokens are the predicted ones.
 - ``all`` is the mean of the subsets' losses weighted by the predicted tokens of *all* their
   sequences: with a limit it is an estimate of what it is without.
 
@@ -83,7 +84,7 @@ def evaluate(
     reader = reader or Reader()
     boundaries = Boundaries.of(config.data)
     results: dict[str, SubsetLoss] = {}
-    weights: dict[str, int] = {}
+    weights: dict[str, float] = {}
     bytes_per_token: dict[str, float] = {}
     for subset in validation_subsets(data_dir):
         sequences = ValidationSet(data_dir, subset, config.model.seq_len)
@@ -91,12 +92,15 @@ def evaluate(
         if count == 0:
             continue
         batches = _Batches(sequences, boundaries, count, micro_batch_size, reader)
-        loss = _sum_of_losses(loss_of, batches) / count
-        weights[subset] = len(sequences)
+        nats, targets = _sum_of_losses(loss_of, batches)
+        if targets == 0:
+            continue
+        loss = nats / targets
+        weights[subset] = len(sequences) * targets / count
         bytes_per_token[subset] = sequences.bytes_per_token
         results[subset] = SubsetLoss(
             loss=loss,
-            tokens=count * config.model.seq_len,
+            tokens=targets,
             bits_per_byte=loss / math.log(2) / sequences.bytes_per_token,
         )
     if results:
@@ -132,13 +136,16 @@ class _Batches:
         return [list(mine[begin : begin + size]) for begin in range(0, per_rank, size)]
 
 
-def _sum_of_losses(loss_of: Callable[[MicroBatch], Tensor], batches: _Batches) -> float:
-    """Sum of the sequences' mean losses over all ranks."""
+def _sum_of_losses(loss_of: Callable[[MicroBatch], Tensor], batches: _Batches) -> tuple[float, int]:
+    """Sum of the predicted tokens' losses over all ranks, and their number."""
     device = batches.reader.device
-    total = torch.zeros((), dtype=torch.float64, device=device)
+    total = torch.zeros(2, dtype=torch.float64, device=device)
     with torch.no_grad():
         for indices in batches.indices():
             # Without a sequence of its own a rank takes part in the lookups with the first.
             batch = batches.sequences.batch(indices or [0], batches.boundaries)
-            total += loss_of(batch.to(device)).double() * len(indices)
-    return float(batches.reader.all_reduce_sum(total))
+            targets = batch.num_targets if indices else 0
+            total[0] += loss_of(batch.to(device)).double() * targets
+            total[1] += targets
+    nats, targets_seen = batches.reader.all_reduce_sum(total).tolist()
+    return nats, int(targets_seen)

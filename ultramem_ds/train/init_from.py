@@ -15,7 +15,8 @@ from ultramem_ds.checkpoint.directory import find_checkpoint, read_trainer_state
 from ultramem_ds.checkpoint.weights import RunWeights, WeightSource
 from ultramem_ds.config.load import from_dict
 from ultramem_ds.config.schema import Config
-from ultramem_ds.data.tokenizers import Tokenizer, load_tokenizer
+from ultramem_ds.data.same_tokenizer import require_same
+from ultramem_ds.data.tokenizers import Tokenizer
 from ultramem_ds.train.going_on import read_history
 from ultramem_ds.train.keys import Freedom, changes_between
 
@@ -79,13 +80,7 @@ def check_origin(origin: Origin, config: Config, data_dir: Path, tokenizer: Toke
             f"{OPTION} {origin.path}: {change.key} is {change.before!r} there and "
             f"{change.after!r} in this run; {advice}"
         )
-    own = load_tokenizer(origin.tokenizer_dir)
-    if own.hash != tokenizer.hash:
-        raise ValueError(
-            f"{data_dir / tokenizer.file_name} is another tokenizer than "
-            f"{origin.tokenizer_dir / own.file_name}, which {OPTION} {origin.path} was trained "
-            "with: prepare the data with that one"
-        )
+    require_same(origin.tokenizer_dir, tokenizer, data_dir)
 
 
 def check_started_from(run_dir: Path, origin: Origin) -> None:

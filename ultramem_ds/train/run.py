@@ -21,10 +21,9 @@ from ultramem_ds.config.deepspeed import (
     zero_stage,
 )
 from ultramem_ds.config.schema import Config
-from ultramem_ds.data.manifest import load_manifest
 from ultramem_ds.data.mixture import Mixture
+from ultramem_ds.data.same_tokenizer import data_tokenizer, require_same
 from ultramem_ds.data.skips import Range, SkipRanges
-from ultramem_ds.data.tokenizers import load_tokenizer
 from ultramem_ds.kernels.registry import resolve
 from ultramem_ds.planning.batches import plan_batches
 from ultramem_ds.planning.experts import expert_parallel_size
@@ -100,8 +99,7 @@ def prepare_run(
         expert_parallel_size(config, world_size)
     batches = plan_batches(config, world_size)
     check_engine_config(engine_config(deepspeed_json, config, batches))
-    load_manifest(data_dir)
-    tokenizer = load_tokenizer(data_dir)
+    tokenizer = data_tokenizer(data_dir)
     if tokenizer.vocab_size > config.model.vocab_size:
         raise ValueError(
             f"the tokenizer of {data_dir} has {tokenizer.vocab_size} entries but "
@@ -124,6 +122,7 @@ def prepare_run(
         check_origin(origin, config, data_dir, tokenizer)
     resume_from = checkpoints.newest_readable(run_dir)
     if resume_from is not None:
+        require_same(run_dir, tokenizer, data_dir)
         if origin is not None:
             check_started_from(run_dir, origin)
         state = checkpoints.read_trainer_state(resume_from)

@@ -71,6 +71,8 @@ PINNED = (
     ),
     Pinned(_PARTITION, "ds_zero_partition_world_size", "ranks of a table's group", _SERIES),
     Pinned(_PARTITION, "ds_zero_partition_rank", "which slice is this rank's", _MOVED),
+    Pinned(_STAGE3, "_get_fp32_grad_state_partition", "where a table's gradient gathers", _SERIES),
+    Pinned(_STAGE3, "grad_partitions_flat_buffer", "is given huge pages", _SERIES),
     Pinned(_STAGE3, "persistent_parameters", "tables are taken out", _SHARD),
     Pinned(_STAGE3, "fp16_groups", "parameters of each flat buffer", _MOVED),
     Pinned(_STAGE3, "fp32_partitioned_groups_flat", "masters by flat buffer", _MOVED),

@@ -123,6 +123,9 @@ class RowSparseTables(Zero3Tables):
         for param in self.params:
             param.requires_grad_(False)
 
+    def _lend_gradients(self, zero: Any) -> None:
+        """ZeRO has no gradient of a frozen parameter."""
+
     def joined_norm(self) -> Tensor:
         """Global norm of the rows' gradients, as published."""
         return self._norm

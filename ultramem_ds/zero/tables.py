@@ -10,7 +10,8 @@ Phases, and who holds what:
    table's holder has none, so its ``param.ds_tensor`` stays this rank's rows; the sharded lookup
    reads them and accumulates their gradient (summed over the ranks' tokens) in fp32.
 3. *Optimizer step.* :meth:`Zero3Tables.publish_gradients` hands the accumulated gradient over,
-   divided by the world size, since ZeRO averages. From here on the table is any ZeRO-3 parameter:
+   divided by the world size, since ZeRO averages; without offload it has accumulated in ZeRO's own
+   gradient partition. From here on the table is any ZeRO-3 parameter:
    clipping, Adam, offload, checkpoints.
 
 Letters: N physical rows, V value width, R rows on this rank, P ranks that share one copy.
@@ -25,6 +26,7 @@ import torch
 from torch import Tensor, nn
 
 from ultramem_ds.checkpoint.state import OwnState
+from ultramem_ds.kernels.hugepages import advise_huge_pages
 from ultramem_ds.model.memory.lookup import ValueTable
 from ultramem_ds.optim.decision import Decision
 from ultramem_ds.sharding.blocks import Block
@@ -142,12 +144,24 @@ class Zero3Tables:
         for param in self.params:
             param.ds_persist = False
             param.all_gather = _refuse_to_gather
+        self._lend_gradients(engine.optimizer)
+
+    def _lend_gradients(self, zero: Any) -> None:
+        """Let the shards accumulate in ZeRO's own gradient partitions, where those lie here."""
+        if zero.offload_optimizer:  # its buffers are on another device, or in files
+            return
+        advise_huge_pages(zero.grad_partitions_flat_buffer)
+        for param, shard in zip(self.params, self.shards):
+            shard.borrow_gradient(lambda p=param: zero._get_fp32_grad_state_partition(p, False)[0])  # type: ignore[misc]
 
     def publish_gradients(self) -> None:
         """Hand the gradients to ZeRO; once per optimizer step, before ``engine.step``."""
         for param, shard in zip(self.params, self.shards):
-            grad_RV = shard.reduced_gradient().div_(self.world_size)
-            deepspeed.utils.safe_set_local_grad(param, grad_RV.flatten())
+            grad_RV = shard.reduced_gradient()
+            if self.world_size > 1:
+                grad_RV.div_(self.world_size)
+            if not shard.borrows_gradient:
+                deepspeed.utils.safe_set_local_grad(param, grad_RV.flatten())
             shard.zero_gradient()
 
     def finish_step(self, lr: float, decision: Decision) -> None:
