@@ -20,6 +20,8 @@ VERBS = {
     "train": "train",
     "evaluate": "evaluate",
     "generate": "generate",
+    "export": "export",
+    "import": "import_",
     "count": "count",
     "plan": "plan",
     "bench": "bench",

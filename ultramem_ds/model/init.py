@@ -143,7 +143,7 @@ def gaussian_top_mean(num_candidates: int, top_m: int) -> float:
         The mean over 1024 draws (about 0.1% accurate).
     """
     generator = torch.Generator().manual_seed(0)
-    spacings = torch.empty(_SAMPLES, top_m, dtype=torch.float64)
+    spacings = torch.empty(_SAMPLES, top_m, dtype=torch.float64, device="cpu")
     tails = spacings.exponential_(generator=generator).cumsum(1)
     # The other N + 1 - m spacings enter by their mean: m << N (Appendix A).
     tails = tails / (tails[:, -1:] + num_candidates + 1 - top_m)
