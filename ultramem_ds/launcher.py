@@ -61,7 +61,8 @@ class Launcher:
             env=environment,
             start_new_session=True,
             preexec_fn=_ignore_usr1,
-            **({} if launch.verbose else {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}),
+            stdout=None if launch.verbose else subprocess.PIPE,
+            stderr=None if launch.verbose else subprocess.PIPE,
         )
         self._library_lines: list[bytes] = []
         self._sorters = [

@@ -141,3 +141,15 @@ def test_init_from_other_kinds(prepared: Path, tmp_path: Path, kind: str) -> Non
     train(source, prepared, "train.stop_at_step=2", kind=kind)
     started_run(source, prepared, run_dir, kind, "train.seed=5")
     assert_fresh_copy(source, run_dir)
+
+
+@pytest.mark.slow
+def test_init_from_an_exported_directory(prepared: Path, trained: Path, tmp_path: Path) -> None:
+    """What ``export`` wrote for transformers, bit by bit; cut into two files."""
+    exported, run_dir = tmp_path / "exported", tmp_path / "tuned"
+    words = ["--checkpoint", str(trained), "--output", str(exported), "--dtype", "fp32"]
+    result = run_verb("export", *words, "--max-shard-size", "100KB")
+    assert result.returncode == 0, result.stderr
+    log = started_run(exported, prepared, run_dir, "ultramem", "train.seed=5")
+    assert f"starting from the weights of {exported}, step 2" in log
+    assert_fresh_copy(trained, run_dir)

@@ -17,8 +17,11 @@ from ultramem_ds.config.load import from_dict
 from ultramem_ds.config.schema import Config
 from ultramem_ds.data.same_tokenizer import require_same
 from ultramem_ds.data.tokenizers import Tokenizer
+from ultramem_ds.exchange.directory import CONFIG, RUN
+from ultramem_ds.exchange.importing import open_exported
 from ultramem_ds.train.going_on import read_history
 from ultramem_ds.train.keys import Freedom, changes_between
+from ultramem_ds.utils.files import read_json
 
 OPTION = "--init-from"
 
@@ -47,11 +50,15 @@ class Origin:
 
 
 def open_origin(path: Path) -> Origin:
-    """What ``--init-from PATH`` names: a run directory or a checkpoint of one.
+    """What ``--init-from PATH`` names: a run, a checkpoint of one, or an exported model.
 
     Raises:
-        ValueError: it is neither, or is damaged.
+        ValueError: it is none of them, or is damaged.
     """
+    if _is_exported(path):
+        source = open_exported(path, OPTION)
+        step = read_json(path / RUN).get("step", 0) if (path / RUN).is_file() else 0
+        return Origin(path, source.config, path, step, lambda rank: source.weights)
     checkpoint = find_checkpoint(path, OPTION)
     state = read_trainer_state(checkpoint)
     try:
@@ -61,6 +68,11 @@ def open_origin(path: Path) -> Origin:
     return Origin(
         path, config, run_dir_of(path), state.step, lambda rank: RunWeights(checkpoint, rank)
     )
+
+
+def _is_exported(path: Path) -> bool:
+    """Whether ``path`` is in transformers' layout: a run's ``config.json`` names no model type."""
+    return (path / CONFIG).is_file() and "model_type" in read_json(path / CONFIG)
 
 
 def check_origin(origin: Origin, config: Config, data_dir: Path, tokenizer: Tokenizer) -> None:
