@@ -123,7 +123,8 @@ def test_init_from_a_run_of_one_rank(prepared: Path, trained: Path, tmp_path: Pa
     assert history(run_dir) == [{"step": 0, "init_from": str(trained), "init_step": 2}]
     assert_fresh_copy(trained, run_dir)
     # The same command again resumes; a run that started elsewhere does not take the option.
-    log = started_run(trained, prepared, run_dir, "ultramem", *words.split(), "train.stop_at_step=2")
+    further = [*words.split(), "train.stop_at_step=2"]
+    log = started_run(trained, prepared, run_dir, "ultramem", *further)
     assert "resuming" in log and "starting from" not in log
     other = Path(shutil.copytree(trained, tmp_path / "other"))
     refused = run_verb(
