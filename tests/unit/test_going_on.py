@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from tests.dist.launching import ROOT
 from ultramem_ds.checkpoint.directory import TrainerState
 from ultramem_ds.config.load import load_config, load_run_config, to_dict, valid_keys
 from ultramem_ds.train.going_on import (
@@ -21,6 +22,7 @@ from ultramem_ds.train.going_on import (
     write_config,
 )
 from ultramem_ds.train.keys import DATA, TABLE, Change, Freedom, freedom_of
+from ultramem_ds.watch.guards import TooManyBadStepsError
 
 CHECKPOINT = Path("run/checkpoints/step-00000010")
 
@@ -128,6 +130,19 @@ def test_another_model_is_refused(override: str, extend: bool) -> None:
     assert "--extend" not in str(refusal.value) and "--init-from" not in str(refusal.value)
 
 
+def test_messages_that_advise_a_change_say_how() -> None:
+    """Keys that a stopped run is told to change may be changed as the message says."""
+    message = str(TooManyBadStepsError([]))
+    named = [key for keys in TABLE.values() for key in keys if re.search(rf"\b{key}\b", message)]
+    assert {"optim.lr", "train.rollback"} <= set(named)
+    assert all(freedom_of(key) <= Freedom.EXTEND for key in named) and "--extend" in message
+    go_on("optim.lr=1e-4", "train.rollback=true", extend=True)
+    # What a dry run proposes for want of memory or disk needs no option.
+    assert {freedom_of(k) for k in ("train.keep_last", "train.micro_batch_size")} == {
+        Freedom.RESUME
+    }
+
+
 def test_the_worst_change_is_named_first_and_the_others_with_it() -> None:
     with pytest.raises(ValueError, match=r"memory\.knum=.*and optim\.lr\)"):
         go_on("optim.lr=0.1", "memory.knum=20", "train.log_every=1")
@@ -168,3 +183,14 @@ def test_the_history_follows_the_run(tmp_path: Path) -> None:
     write_config(tmp_path, config, 40)
     assert len(read_history(tmp_path)) == 3
     assert load_run_config(tmp_path / "config.json") == config
+
+
+def test_the_document_shows_the_table() -> None:
+    """docs/training.md names every key where the table has it."""
+    rows = [
+        line
+        for line in (ROOT / "docs" / "training.md").read_text().splitlines()
+        if line.startswith("| ") and "`train." in line
+    ]
+    shown = [re.findall(r"`([\w.]+)`", row.split("|")[2]) for row in rows]
+    assert shown == [[key for key in keys if key != DATA] for keys in TABLE.values()]
