@@ -31,7 +31,7 @@ class TrainerState:
     Attributes:
         step: optimizer steps taken.
         consumed_samples: sequences consumed from the mixture.
-        data_fingerprint: of the mixture that they came from.
+        data_fingerprint: of the mixture that they came from; empty if there was none.
         world_size: ranks that wrote the checkpoint.
         partition: how value tables were sharded, empty without tables.
         zero_stage: ZeRO stage that wrote it.

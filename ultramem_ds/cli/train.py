@@ -92,6 +92,7 @@ def run(arguments: argparse.Namespace) -> int:
 def _run(arguments: argparse.Namespace, libraries: LibraryOutput | None) -> int:
     from ultramem_ds.config.load import load_config
     from ultramem_ds.data.skips import parse_range
+    from ultramem_ds.harness.extra import require_lm_eval
     from ultramem_ds.train.dry_run import describe, dry_run
     from ultramem_ds.train.loop import train
     from ultramem_ds.train.run import prepare_run
@@ -125,5 +126,11 @@ def _run(arguments: argparse.Namespace, libraries: LibraryOutput | None) -> int:
         if world.rank == 0:
             print(describe(dry_run(checked)))
         return 0
-    train(checked, libraries)
+    make_judge = None
+    if config.train.tasks:
+        require_lm_eval()
+        from ultramem_ds.harness.in_loop import LoopJudge
+
+        make_judge = LoopJudge
+    train(checked, libraries, make_judge)
     return 0

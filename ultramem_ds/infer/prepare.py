@@ -13,6 +13,7 @@ from ultramem_ds.kernels.packed import can_pack
 from ultramem_ds.model.lm import LanguageModel
 from ultramem_ds.model.moe import MixtureOfExperts
 from ultramem_ds.model.transformer import Block
+from ultramem_ds.sharding.experts import ShardedExperts
 
 
 def prepare_for_decoding(
@@ -34,7 +35,7 @@ def prepare_for_decoding(
             if isinstance(child, MixtureOfExperts):
                 setattr(module, name, GroupedExperts(child, packer))
     for module in list(model.modules()):
-        if isinstance(module, GroupedExperts):
+        if isinstance(module, GroupedExperts | ShardedExperts):
             continue  # the gate's weight is read as it is, in fp32
         for name, child in list(module.named_children()):
             if isinstance(child, nn.Linear):

@@ -6,7 +6,7 @@ Letters: B sequences, S tokens per sequence, D hidden, W vocabulary.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple, Protocol, TypedDict, cast
+from typing import Any, NamedTuple, Protocol, TypedDict, cast, overload
 
 import torch
 import torch.nn.functional as F
@@ -53,6 +53,24 @@ class DecodeState(Protocol):
     def enter(self, num_new: int) -> StepInputs:
         """Begin a forward over ``num_new`` further positions."""
         ...
+
+    def keep_conv(self, index: int, inputs_BSD: Tensor, state_BCD: Tensor | None) -> None:
+        """Take what memory layer ``index``'s convolution needs of this forward.
+
+        Args:
+            index: of ``conv``.
+            inputs_BSD: the convolution's inputs of this forward.
+            state_BCD: its last kernel - 1 inputs, those before this forward included; None
+                without a convolution.
+        """
+        ...
+
+
+class Scored(NamedTuple):
+    """A forward of :class:`LanguageModel` that gives logits instead of losses."""
+
+    state: DecodeState  # what came before, and where this forward is kept
+    picks_M: Tensor  # positions whose logits are wanted, int64 indices into the flat (B * S,)
 
 
 class LossTerms(TypedDict):
@@ -153,15 +171,28 @@ class LanguageModel(nn.Module):
                 conv = None if state is None else state.conv[j]
                 pending[j] = memories[j].start(out.mlp_input_BSD, doc_starts_BS, conv)
                 if state is not None:
-                    state.conv[j] = pending[j].conv_state
+                    state.keep_conv(j, out.mlp_input_BSD, pending[j].conv_state)
                 aux.append(pending[j].aux_loss)
             for j in self.placement.finishes[i]:
-                x_BSD = x_BSD + memories[j].finish(pending.pop(j))
+                x_BSD = x_BSD + memories[j].finish(pending.pop(j), x_BSD)
         return self.final_norm(x_BSD), balance, counts, aux
 
     def logits(self, tokens_BS: Tensor, state: DecodeState | None = None) -> Tensor:
         """Logits of every position, ``(B, S, W)``; padded vocabulary entries are not masked."""
         return self.head(self.hidden(tokens_BS, state=state)[0])
+
+    @overload
+    def forward(
+        self,
+        tokens_BS1: Tensor,
+        doc_begins_BS: Tensor | None = None,
+        positions_BS: Tensor | None = None,
+        loss_mask_BS: Tensor | None = None,
+        vocab_limit: int | None = None,
+    ) -> LossTerms: ...
+
+    @overload
+    def forward(self, tokens_BS1: Tensor, *, scored: Scored) -> Tensor: ...
 
     def forward(
         self,
@@ -170,15 +201,22 @@ class LanguageModel(nn.Module):
         positions_BS: Tensor | None = None,
         loss_mask_BS: Tensor | None = None,
         vocab_limit: int | None = None,
-    ) -> LossTerms:
+        scored: Scored | None = None,
+    ) -> LossTerms | Tensor:
         """Next-token losses of ``(B, S + 1)`` token ids; see :meth:`hidden` for the rest.
 
         The loss is the mean over the targets, with ``loss_mask_BS`` (bool) over those it marks,
         and 0 if it marks none.
 
         ``vocab_limit`` masks the logits of the vocabulary's padding (evaluation); training leaves
-        them in.
+        them in. With ``scored`` the ids are ``(B, S)`` further tokens and the result is the logits
+        ``(M, W)`` of the picked positions, padding not masked: one call of the module, so that it
+        works under ZeRO-3 as well.
         """
+        if scored is not None:
+            x_BSD = self.hidden(tokens_BS1, state=scored.state)[0]
+            logits_MW: Tensor = self.head(x_BSD.flatten(0, 1)[scored.picks_M])
+            return logits_MW
         inputs_BS, targets_BS = tokens_BS1[:, :-1], tokens_BS1[:, 1:]
         x_BSD, balance, counts, aux = self.hidden(inputs_BS, doc_begins_BS, positions_BS)
         logits_BSW = self.head(x_BSD)

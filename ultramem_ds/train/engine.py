@@ -79,7 +79,9 @@ class TrainEngine:
         self.engine = parallel.engine
         self.tables = parallel.tables
         self.partition = parallel.partition
-        self.statistics = MemoryStatistics(self.model, self.comm, ranks.device)
+        self.table_comms = parallel.table_comms
+        readers = self.tables.readers(self.model.memory_layers) if self.tables is not None else {}
+        self.statistics = MemoryStatistics(self.model, self.comm, ranks.device, readers)
         self.checkpoint = EngineCheckpoint(
             self.engine, parallel.zero, parallel.own_states, parameter_records(config), self.comm
         )
@@ -98,6 +100,11 @@ class TrainEngine:
         """The module inside the engine."""
         model: LanguageModel = self.engine.module
         return model
+
+    @property
+    def table_place(self) -> int:
+        """This rank's place among those that share a copy of the tables; 0 without any."""
+        return self.table_comms[0].rank if self.table_comms else 0
 
     def train_step(self, micro_batches: Iterator[MicroBatch], step: int) -> StepResult:
         """Take optimizer step ``step`` (counted from 0) on the next micro-batches."""

@@ -24,6 +24,7 @@ from ultramem_ds.telemetry.metrics import MetricsWriter
 from ultramem_ds.telemetry.phases import Phases
 from ultramem_ds.train.engine import TrainEngine
 from ultramem_ds.train.evaluate import Reader, SubsetLoss, evaluate
+from ultramem_ds.train.judge import Judge, MakeJudge
 from ultramem_ds.train.records import StepRecords, realised_shares
 from ultramem_ds.train.rollback import roll_back
 from ultramem_ds.train.run import Run, skips_of
@@ -37,20 +38,31 @@ from ultramem_ds.watch.guards import BadStep, TooManyBadStepsError
 from ultramem_ds.watch.runlock import only_job
 from ultramem_ds.watch.signals import StopRequest
 from ultramem_ds.watch.watchdog import Watchdog
-from ultramem_ds.zero.replicated import replicated
+from ultramem_ds.zero.replicated import replicated, replicated_blocks
 from ultramem_ds.zero.runtime import Ranks, runtime
 
 
-def train(run: Run, libraries: LibraryOutput | None = None) -> dict[str, Any]:
+def train(
+    run: Run, libraries: LibraryOutput | None = None, make_judge: MakeJudge | None = None
+) -> dict[str, Any]:
     """Train to ``train.max_steps`` (or ``train.stop_at_step``); returns the run's summary.
 
     Args:
         run: checked.
         libraries: what they print, to be kept in the run directory; None leaves it where it goes.
+        make_judge: evaluates ``train.tasks``.
 
     Returns:
         ``{step, val_loss, tokens_per_s, peak_memory_bytes, ...}``, the same on every rank.
+
+    Raises:
+        ValueError: on every rank: the run directory or ``train.tasks`` cannot be used.
     """
+    judge: Judge | None = None
+    if run.config.train.tasks:
+        if make_judge is None:
+            raise ValueError("train.tasks needs make_judge, as the train verb gives it")
+        judge = make_judge(run)
     phases = Phases()
     stop = StopRequest()
     with stop.listening(), runtime() as ranks, contextlib.ExitStack() as stack:
@@ -58,6 +70,8 @@ def train(run: Run, libraries: LibraryOutput | None = None) -> dict[str, Any]:
         start: tuple[str, Path | None] = ("", None)
         with comm.raising_together(ValueError), comm.raising_together(OSError):
             if ranks.is_main:
+                if judge is not None:
+                    judge.prepare()
                 stack.enter_context(only_job(run.run_dir))
                 start = prepare_run_dir(run)
         # Another node's view of a shared directory may be older.
@@ -65,10 +79,12 @@ def train(run: Run, libraries: LibraryOutput | None = None) -> dict[str, Any]:
         if libraries is not None:
             libraries.keep(run.run_dir / LOGS / f"rank-{ranks.rank:05d}.log")
         stack.enter_context(Watchdog(run.run_dir, job, ranks, phases, run.config.train.watchdog_s))
-        return _train(replace(run, resume_from=latest), ranks, phases, stop)
+        return _train(replace(run, resume_from=latest), ranks, phases, stop, judge)
 
 
-def _train(run: Run, ranks: Ranks, phases: Phases, stop: StopRequest) -> dict[str, Any]:
+def _train(
+    run: Run, ranks: Ranks, phases: Phases, stop: StopRequest, judge: Judge | None
+) -> dict[str, Any]:
     """What every rank does, from an empty process group to the summary."""
     config = run.config
     done_step = recorded = 0
@@ -98,7 +114,7 @@ def _train(run: Run, ranks: Ranks, phases: Phases, stop: StopRequest) -> dict[st
     skips = skips_of(run.skip_samples, loaded)
     if skips.ranges and ranks.is_main:
         print(f"jumping over samples {format_ranges(skips.ranges)}", flush=True)
-    return _Loop(run, ranks, engine, run.mixture, skips, done_step, last_step).run_to_end()
+    return _Loop(run, ranks, engine, run.mixture, skips, done_step, last_step, judge).run_to_end()
 
 
 class _Loop:
@@ -113,6 +129,7 @@ class _Loop:
         skips: SkipRanges,
         done_step: int,
         last_step: int,
+        judge: Judge | None = None,
     ) -> None:
         self.run = run
         self.config = run.config
@@ -120,12 +137,15 @@ class _Loop:
         self.engine = engine
         self.mixture = mixture
         self.skips = skips
+        self.judge = judge
         self.rollbacks = 0
         self.desync = DesyncGuard(
             engine.comm,
             ranks.device,
             lambda: replicated(engine.model),
             run.config.train.desync_every,
+            lambda: replicated_blocks(engine.model, engine.tables),
+            engine.table_place,
         )
         self.done_step = done_step
         self.last_step = last_step
@@ -194,7 +214,11 @@ class _Loop:
             if step % train.log_every == 0 or last or step == self.done_step + 1:
                 print(self.records.line(step, result), flush=True)
         self.engine.guard.check()
-        if (train.eval_every and step % train.eval_every == 0) or step == train.max_steps:
+        if self.judge is not None and self._due(step, train.tasks_every):
+            with self.engine.phases("tasks"):
+                self._run_tasks(step, self.judge, writer)
+            self.engine.telemetry.charge("tasks")
+        if self._due(step, train.eval_every):
             with self.engine.phases("validate"):
                 self._validate(step, writer)
             self.engine.telemetry.charge("validate")
@@ -207,6 +231,10 @@ class _Loop:
                 self.engine.save(
                     self.run.run_dir, step, self.mixture.fingerprint, self.skips, wait=final
                 )
+
+    def _due(self, step: int, every: int) -> bool:
+        """Whether what is done every so many steps, and at the end of the schedule, is due."""
+        return bool(every and step % every == 0) or step == self.config.train.max_steps
 
     def _stopped(self, step: int) -> dict[str, Any]:
         """A signal ended the run between its steps."""
@@ -249,6 +277,13 @@ class _Loop:
             **speed,
             **self.engine.telemetry.read(speed["tokens_per_s"]),
         }
+
+    def _run_tasks(self, step: int, judge: Judge, writer: MetricsWriter | None) -> None:
+        scores = judge.evaluate(self.engine)
+        if writer is not None:
+            writer.write_tasks(step, scores)
+            parts = "  ".join(f"{name} {score:.4f}" for name, score in scores.items())
+            print(f"{self.config.preset} step {step:>6} tasks  {parts}", flush=True)
 
     def _validate(self, step: int, writer: MetricsWriter | None) -> None:
         losses = self.losses()

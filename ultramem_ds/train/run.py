@@ -26,7 +26,7 @@ from ultramem_ds.data.same_tokenizer import data_tokenizer, require_same
 from ultramem_ds.data.skips import Range, SkipRanges
 from ultramem_ds.kernels.registry import resolve
 from ultramem_ds.planning.batches import plan_batches
-from ultramem_ds.planning.experts import expert_parallel_size
+from ultramem_ds.planning.experts import expert_layout
 from ultramem_ds.planning.planner import resolve_partition
 from ultramem_ds.telemetry.peak_flops import peak_from_environment
 from ultramem_ds.train.going_on import changes_since, check_changes
@@ -96,7 +96,7 @@ def prepare_run(
     deepspeed_json = load_deepspeed_json(deepspeed_file, config.model.kind)
     check_stage(config.model.kind, zero_stage(deepspeed_json))
     if config.model.kind == "moe":
-        expert_parallel_size(config, world_size)
+        expert_layout(config, world_size)
     batches = plan_batches(config, world_size)
     check_engine_config(engine_config(deepspeed_json, config, batches))
     tokenizer = data_tokenizer(data_dir)
