@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Protocol
 
 from torch import Tensor
 
 from ultramem_ds.checkpoint.reader import CheckpointReader
+from ultramem_ds.checkpoint.record import ParameterRecord
 from ultramem_ds.checkpoint.state import MASTER, OptimizerState
 from ultramem_ds.sharding.blocks import Block, Piece
 
@@ -43,6 +45,18 @@ class RunWeights:
     def __init__(self, checkpoint: Path, rank: int = 0) -> None:
         self._reader = CheckpointReader(checkpoint)
         self._rank = rank
+
+    def check_shapes(self, parameters: Mapping[str, ParameterRecord]) -> None:
+        """Compare with a model's parameters, by the one-process model's names.
+
+        Raises:
+            ValueError: naming the first that the checkpoint does not hold.
+        """
+        for name, record in parameters.items():
+            if self._reader.parameters.get(name) != record:
+                raise ValueError(
+                    f"{self._reader.checkpoint} does not hold {name} of shape {record.shape}"
+                )
 
     def read(self, name: str, block: Block, out_RC: Tensor) -> None:
         """See :class:`WeightSource`."""

@@ -16,7 +16,7 @@ import tempfile
 import threading
 from collections.abc import Iterator
 from pathlib import Path
-from typing import BinaryIO, TextIO
+from typing import IO, TextIO
 
 LOGS = "logs"  # inside a run directory
 
@@ -38,7 +38,7 @@ class LibraryOutput:
     """Descriptors 1 and 2 of this process while they do not lead to the console."""
 
     def __init__(self) -> None:
-        self._file: BinaryIO = tempfile.TemporaryFile("a+b")  # noqa: SIM115 - close() is below
+        self._file: IO = tempfile.TemporaryFile("a+b")  # noqa: SIM115 - close() is below
         self._console = [os.dup(descriptor) for descriptor in (1, 2)]
         self._streams: list[TextIO | None] = []
         self.kept: Path | None = None
@@ -140,7 +140,7 @@ class Sorter:
         kept: where libraries' lines are added.
     """
 
-    def __init__(self, source: BinaryIO, console: int, kept: list[bytes]) -> None:
+    def __init__(self, source: IO[bytes], console: int, kept: list[bytes]) -> None:
         self._source = source
         self._console = console
         self._kept = kept
