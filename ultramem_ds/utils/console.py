@@ -38,7 +38,7 @@ class LibraryOutput:
     """Descriptors 1 and 2 of this process while they do not lead to the console."""
 
     def __init__(self) -> None:
-        self._file: IO = tempfile.TemporaryFile("a+b")  # noqa: SIM115 - close() is below
+        self._file: IO[bytes] = tempfile.TemporaryFile("a+b")  # noqa: SIM115 - close() is below
         self._console = [os.dup(descriptor) for descriptor in (1, 2)]
         self._streams: list[TextIO | None] = []
         self.kept: Path | None = None
