@@ -71,7 +71,7 @@ class BijectionShuffle(nn.Module):
         self._rounds: dict[torch.device, Tensor] = {}
 
     def take(self, rounds: Tensor) -> None:
-        """Use these round functions, ``(rounds, n)`` int64, instead of those that the seed gives."""
+        """Use these round functions, ``(rounds, n)`` int64, not those that the seed gives."""
         self._rounds = {rounds.device: rounds}
 
     def _tables(self, device: torch.device) -> Tensor:
