@@ -1,14 +1,16 @@
 """The planner's choice, memory and JSON."""
 
 import json
+from dataclasses import replace
 
 import pytest
 
 from ultramem_ds.cli.main import main
 from ultramem_ds.config.load import load_config
-from ultramem_ds.config.presets import PRESETS
+from ultramem_ds.config.presets import PRESETS, preset
 from ultramem_ds.model.accounting import count
 from ultramem_ds.planning.costs import distinct_rows
+from ultramem_ds.planning.crossover import RANKS, WIDTHS, byte_ratio
 from ultramem_ds.planning.experts import expert_layout
 from ultramem_ds.planning.planner import make_plan, resolve_partition
 from ultramem_ds.sharding.table_plan import SCHEMES
@@ -174,3 +176,24 @@ def test_plan_verb_names_the_chosen_scheme(capsys):
 def test_plan_verb_refuses_nonsense(capsys):
     assert main(["plan", "--preset", "ultramem-debug", "--world-size", "0"]) == 2
     assert "--world-size 0 must be at least 1" in capsys.readouterr().err
+
+
+def test_figure_9(tmp_path):
+    """The formulas of App. D but for the counts of a 2,048-token exchange (0.1%)."""
+    memory = replace(preset("ultramem-151m-x12").memory, wire_dtype="bf16")
+    rows = memory.rows_per_token
+    ratio = byte_ratio(replace(memory, expansion=1, num_cores=1))
+    for i, width in enumerate(WIDTHS):
+        for j, ranks in enumerate(RANKS):
+            number = 4 * rows + 2 * rows * width
+            dimension = 6 * rows * ranks + 2 * width
+            assert ratio[i, j] == pytest.approx(number / dimension, rel=2e-3)
+    # With expansion and cores it falls to P of about 112 at the preset's width.
+    row = byte_ratio(memory)[abs(WIDTHS - 512).argmin()]
+    assert 95 < RANKS[abs(row - 1).argmin()] < 125
+    figure = tmp_path / "figure-9.png"
+    arguments = ["plan", "--preset", "ultramem-151m-x12", "--world-size", "8", "--figure"]
+    assert main([*arguments, str(figure)]) == 0
+    assert figure.read_bytes().startswith(b"\x89PNG")
+    assert main([*arguments, str(tmp_path / "a.pdf")]) == 2
+    assert main(["plan", "--preset", "dense-debug", "--world-size", "2", "--figure", "a.png"]) == 2

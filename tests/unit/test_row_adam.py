@@ -9,7 +9,8 @@ from torch import Tensor
 from ultramem_ds.config.schema import OptimConfig
 from ultramem_ds.optim.row_adam import CatchUpRowAdam, LazyRowAdam
 
-OPTIM = OptimConfig(weight_decay=0.1)
+DECAY = 0.1
+OPTIM = OptimConfig(weight_decay=0.7, value_weight_decay=DECAY)  # the former is not the tables'
 NUM_ROWS, WIDTH = 12, 8
 
 
@@ -22,7 +23,7 @@ def dense_steps(values_RV: Tensor, touched: list[list[int]], grads: list[Tensor]
     """torch's AdamW over the whole table, gradients zero where untouched."""
     param = torch.nn.Parameter(values_RV.clone())
     adam = torch.optim.AdamW(
-        [param], betas=(OPTIM.beta1, OPTIM.beta2), eps=OPTIM.eps, weight_decay=OPTIM.weight_decay
+        [param], betas=(OPTIM.beta1, OPTIM.beta2), eps=OPTIM.eps, weight_decay=DECAY
     )
     for step, (rows, grad_UV) in enumerate(zip(touched, grads)):
         adam.param_groups[0]["lr"] = learning_rate(step)

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import argparse
 import json
+from pathlib import Path
 
 from ultramem_ds.config.load import load_config
+from ultramem_ds.planning.crossover import plot_crossover
 from ultramem_ds.planning.planner import Plan, make_plan
 
 
@@ -22,6 +24,12 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         metavar="B",
         help="sequences per rank and forward; train.micro_batch_size by default, 1 if that is auto",
     )
+    parser.add_argument(
+        "--figure",
+        type=Path,
+        metavar="FILE.png",
+        help="also draw where number-wise and dimension-wise send alike (the paper's Figure 9)",
+    )
     parser.add_argument("--json", action="store_true", help="one JSON document on stdout")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="as for train")
     parser.set_defaults(run=run)
@@ -34,7 +42,12 @@ def run(args: argparse.Namespace) -> int:
     overrides = list(args.overrides)
     if args.micro_batch is not None:
         overrides.append(f"train.micro_batch_size={args.micro_batch}")
-    plan = make_plan(load_config(args.preset, overrides), args.world_size)
+    config = load_config(args.preset, overrides)
+    plan = make_plan(config, args.world_size)
+    if args.figure is not None:
+        if not config.has_memory:
+            raise ValueError(f"--figure: preset {args.preset} has no memory layer")
+        plot_crossover(config.memory, args.figure)
     print(json.dumps(plan.to_json(), indent=2) if args.json else describe(plan))
     return 0
 

@@ -119,6 +119,8 @@ class OptimConfig:
     value_lr_schedule: Literal["decay", "constant"] = "decay"  # of value tables
     value_lr_multiplier: float = 10.0  # decay: LR(t) = LR_dense(t) (1 + (x - 1)(1 - t/T))
     value_lr: float = 1e-3  # constant: the tables' learning rate (Lample et al., 2019)
+    value_weight_decay: float | None = None  # on tables; null = weight_decay
+    key_lr_multiplier: float = 1.0  # of the memory layers' keys, times the dense rate
 
     def __post_init__(self) -> None:
         require(self.lr > 0, f"optim.lr={self.lr} must be positive")
@@ -141,6 +143,19 @@ class OptimConfig:
             f"optim.value_lr_multiplier={self.value_lr_multiplier} must be positive",
         )
         require(self.value_lr > 0, f"optim.value_lr={self.value_lr} must be positive")
+        require(
+            self.table_weight_decay >= 0,
+            f"optim.value_weight_decay={self.value_weight_decay} must not be negative",
+        )
+        require(
+            self.key_lr_multiplier > 0,
+            f"optim.key_lr_multiplier={self.key_lr_multiplier} must be positive",
+        )
+
+    @property
+    def table_weight_decay(self) -> float:
+        """Weight decay of value tables."""
+        return self.weight_decay if self.value_weight_decay is None else self.value_weight_decay
 
 
 @dataclass(frozen=True, kw_only=True)

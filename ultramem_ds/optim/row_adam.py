@@ -94,7 +94,7 @@ class LazyRowAdam:
             lr=lr,
             betas=(optim.beta1, optim.beta2),
             eps=optim.eps,
-            weight_decay=optim.weight_decay,
+            weight_decay=optim.table_weight_decay,
             grad_scale=grad_scale,
             kernel=self.kernel,
         )
@@ -164,7 +164,7 @@ class CatchUpRowAdam(LazyRowAdam):
         if now >= len(self._log_decay):
             self._log_decay = torch.cat([self._log_decay, torch.zeros_like(self._log_decay)])
             self._moves = torch.cat([self._moves, torch.zeros_like(self._moves)])
-        self._log_decay[now] = self._log_decay[now - 1] + math.log1p(-lr * optim.weight_decay)
+        self._log_decay[now] = self._log_decay[now - 1] + math.log1p(-lr * optim.table_weight_decay)
         correction = math.sqrt(1 - optim.beta2**self.step) / (1 - optim.beta1**self.step)
         tail = self._moves[max(0, now - self._window) : now]
         tail += lr * correction * self._powers[-len(tail) :] * math.exp(-self._log_decay[now])

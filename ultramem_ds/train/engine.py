@@ -116,7 +116,8 @@ class TrainEngine:
         self.tables = parallel.tables
         self.partition = parallel.partition
         self.table_comms = parallel.table_comms
-        self.statistics = MemoryStatistics(self.model, self.comm, ranks.device)
+        readers = self.tables.readers(self.model.memory_layers) if self.tables is not None else {}
+        self.statistics = MemoryStatistics(self.model, self.comm, ranks.device, readers)
         self.checkpoint = EngineCheckpoint(
             self.engine, parallel.zero, parallel.own_states, parameter_records(config), self.comm
         )
