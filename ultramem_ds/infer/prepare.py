@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torch import nn
 
+from ultramem_ds.config.schema import MemoryConfig
 from ultramem_ds.infer.attention import decode_attention
 from ultramem_ds.infer.experts import GroupedExperts
 from ultramem_ds.infer.search import PackedSelect
@@ -11,6 +12,7 @@ from ultramem_ds.infer.weights import PackedLinear, Packer, pack_where_possible
 from ultramem_ds.kernels.native import native_library
 from ultramem_ds.kernels.packed import can_pack
 from ultramem_ds.model.lm import LanguageModel
+from ultramem_ds.model.memory.layer import MemoryLayer
 from ultramem_ds.model.moe import MixtureOfExperts
 from ultramem_ds.model.transformer import Block
 from ultramem_ds.sharding.experts import ShardedExperts
@@ -34,7 +36,14 @@ def prepare_for_decoding(
         for name, child in list(module.named_children()):
             if isinstance(child, MixtureOfExperts):
                 setattr(module, name, GroupedExperts(child, packer))
-    for module in list(model.modules()):
+    pack_linears(model, packer)
+    install_native_calls(model)
+    return model
+
+
+def pack_linears(root: nn.Module, packer: Packer) -> None:
+    """Exchange the linear maps below ``root`` for what ``packer`` makes of them, if anything."""
+    for module in list(root.modules()):
         if isinstance(module, GroupedExperts | ShardedExperts):
             continue  # the gate's weight is read as it is, in fp32
         for name, child in list(module.named_children()):
@@ -42,8 +51,6 @@ def prepare_for_decoding(
                 weights = packer([child])
                 if weights is not None:
                     setattr(module, name, PackedLinear(weights))
-    install_native_calls(model)
-    return model
 
 
 def install_native_calls(model: LanguageModel) -> None:
@@ -52,8 +59,12 @@ def install_native_calls(model: LanguageModel) -> None:
         assert isinstance(block, Block)
         if can_pack(model.embedding.weight):
             block.attention.attend = decode_attention
-    one_sided = model.config.memory.candidates == "one-sided"
     for memory in model.memory_layers:
-        keys = memory.retrieval.keys.weight
-        if one_sided and can_pack(keys) and native_library(keys) is not None:
-            memory.retrieval.select = PackedSelect(model.config.memory)
+        select_natively(memory, model.config.memory)
+
+
+def select_natively(layer: MemoryLayer, memory: MemoryConfig) -> None:
+    """Select in one native call, where its candidates, dtype and device allow it."""
+    keys = layer.retrieval.keys.weight
+    if memory.candidates == "one-sided" and can_pack(keys) and native_library(keys) is not None:
+        layer.retrieval.select = PackedSelect(memory)
