@@ -45,14 +45,13 @@ def test_triton_kernels_compile_to_gpu_code_on_a_machine_without_one():
     cases = [
         (kernels._pool_rectangular, {**tile, "TILE_E": 4}),
         (kernels._pool_ragged, tile),
-        (kernels._score_backward, {"ACCUMULATE": tl.float32, "TILE_C": 256}),
-        (kernels._row_backward, {**tile, "OVERWRITE": False}),
-        (kernels._row_backward, {**tile, "OVERWRITE": True}),
+        (kernels._entry_dots, {"ACCUMULATE": tl.float32, "TILE_C": 256}),
+        (kernels._row_backward, tile),
         (kernels._row_backward_atomic, tile),
     ]
     pointers = dict.fromkeys(("values", "pooled", "grad"), "*bf16")
-    pointers |= dict.fromkeys(("scores", "grad_scores", "grad_rows"), "*fp32")
-    ids = ("rows", "projectors", "offsets", "bags", "sorted_rows", "ends", "slots", "order")
+    pointers |= dict.fromkeys(("scores", "dots", "grad_values"), "*fp32")
+    ids = ("rows", "projectors", "offsets", "bags", "sorted_rows", "ends", "order")
     pointers |= dict.fromkeys(ids, "*i64")
     for function, constants in cases:
         signature = {

@@ -6,8 +6,7 @@ import pytest
 import torch
 
 from tests.unit.memory_helpers import inputs, make_layer, run
-from ultramem_ds.model.memory.losses import tucker_aux_loss
-from ultramem_ds.model.memory.tucker import leading_singular_vectors
+from ultramem_ds.model.memory.scores import leading_singular_vectors, tucker_aux_loss
 
 
 def expected_product(form):

@@ -11,14 +11,14 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import torch
 
 from ultramem_ds.bench.common import header, keep_freed_memory, time_alternating
 from ultramem_ds.config.presets import preset
 from ultramem_ds.config.schema import Config
-from ultramem_ds.kernels import lookup_reduce, lookup_reduce_backward_rows, row_adam_
+from ultramem_ds.kernels import lookup_reduce, row_adam_
 from ultramem_ds.model.accounting import count
 from ultramem_ds.model.init import init_module
 from ultramem_ds.model.lm import LanguageModel
@@ -88,49 +88,41 @@ class StepBenchConfig:
 
 
 class RowSparseLookup:
-    """A local table whose touched rows Adam updates in the backward (``kernels.row_adam_``)."""
+    """A local table whose touched rows alone Adam updates (``kernels.row_adam_``)."""
 
     def __init__(self, table: ValueTable, num_projectors: int) -> None:
         self.table = table
         self.num_projectors = num_projectors
         self.moments = torch.zeros_like(table.weight), torch.zeros_like(table.weight)
+        self.pending: list[tuple[torch.Tensor, torch.Tensor]] = []
         self.step = 0
 
     def start(
         self, rows_TK: torch.Tensor, projectors_TK: torch.Tensor, scores_TKh: torch.Tensor
     ) -> FinishedLookup:
         """See ``model.memory.lookup.Lookup``."""
-        pooled_TEV = _RowSparse.apply(scores_TKh, rows_TK, projectors_TK, self)
+        values_RV = self.table.weight.detach()
+        rows_U, local_TK = torch.unique(rows_TK, return_inverse=True)
+        values_UV = values_RV.index_select(0, rows_U)
+        grad_UV = torch.zeros_like(values_UV)
+        self.pending.append((rows_U, grad_UV))
+        pooled_TEV = lookup_reduce(
+            values_UV,
+            local_TK,
+            projectors_TK,
+            scores_TKh,
+            self.num_projectors,
+            grad_values_RV=grad_UV,
+        )
         return FinishedLookup(pooled_TEV)
 
-
-class _RowSparse(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any,
-        scores_TKh: torch.Tensor,
-        rows_TK: torch.Tensor,
-        projectors_TK: torch.Tensor,
-        lookup: RowSparseLookup,
-    ) -> torch.Tensor:
-        ctx.save_for_backward(scores_TKh, rows_TK, projectors_TK)
-        ctx.lookup = lookup
-        table, projectors = lookup.table.weight.detach(), lookup.num_projectors
-        return lookup_reduce(table, rows_TK, projectors_TK, scores_TKh, projectors)
-
-    @staticmethod
-    def backward(ctx: Any, grad_TEV: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        scores_TKh, rows_TK, projectors_TK = ctx.saved_tensors
-        lookup: RowSparseLookup = ctx.lookup
-        table = lookup.table.weight.detach()
-        touched = lookup_reduce_backward_rows(
-            grad_TEV.contiguous(), table, rows_TK, projectors_TK, scores_TKh
-        )
-        lookup.step += 1
-        row_adam_(
-            touched.rows_U, touched.grad_UV, table, *lookup.moments, step=lookup.step, lr=1e-4
-        )
-        return touched.grad_scores, None, None, None
+    def update(self) -> None:
+        """Step the rows; after the backward."""
+        self.step += 1
+        values_RV = self.table.weight.detach()
+        for rows_U, grad_UV in self.pending:
+            row_adam_(rows_U, grad_UV, values_RV, *self.moments, step=self.step, lr=1e-4)
+        self.pending.clear()
 
 
 def equal_flops_dense(dense: Config, other: Config) -> Config:
@@ -193,6 +185,7 @@ def _training_step(config: Config) -> Callable[[torch.Tensor], object]:
     for memory in model.memory_layers:
         memory.values.weight.requires_grad_(False)
         memory.lookup = RowSparseLookup(memory.values, config.memory.expansion)
+    lookups = [cast(RowSparseLookup, memory.lookup) for memory in model.memory_layers]
     parameters = [param for param in model.parameters() if param.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=1e-4, fused=True)
 
@@ -201,6 +194,8 @@ def _training_step(config: Config) -> Callable[[torch.Tensor], object]:
         loss = terms["loss"] + terms["aux_loss"] + terms["balance_loss"]
         loss.backward()
         optimizer.step()
+        for lookup in lookups:
+            lookup.update()
         optimizer.zero_grad()
         model.mark_stale()
         return loss

@@ -33,7 +33,7 @@ class MicroBatch:
 
     tokens: Tensor  # (b, S+1) int64; inputs are [:, :-1], targets [:, 1:]
     sample_ids: tuple[int, ...]  # global samples, b of them
-    doc_starts: Tensor | None = None  # (b, S) int64, where each position's document starts
+    doc_ids: Tensor | None = None  # (b, S) int64, equal where positions share a document
     positions: Tensor | None = None  # (b, S) int64, counted from the document's start
 
 
@@ -49,7 +49,7 @@ class BatchLoader:
         start_step: first optimizer step; the state of a run is this number.
         num_workers: prefetching processes; 0 loads in the calling process.
         prefetch: micro-batches each worker keeps ready.
-        document_mask: give ``doc_starts``.
+        document_mask: give ``doc_ids``.
         reset_positions: give ``positions``.
         skips: global samples to jump over.
 
@@ -108,13 +108,13 @@ class BatchLoader:
 
     def _micro_batch(self, arrays: _Arrays) -> MicroBatch:
         tokens = torch.from_numpy(arrays.ids_bS1.astype(np.int64))
-        doc_starts = positions = None
+        doc_ids = positions = None
         if arrays.starts_bS is not None:
             starts_bS = torch.from_numpy(arrays.starts_bS.astype(np.int64))
-            doc_starts = starts_bS if self._document_mask else None
+            doc_ids = starts_bS if self._document_mask else None
             if self._reset_positions:
                 positions = torch.arange(starts_bS.shape[1]) - starts_bS
-        return MicroBatch(tokens, arrays.sample_ids, doc_starts, positions)
+        return MicroBatch(tokens, arrays.sample_ids, doc_ids, positions)
 
     def close(self) -> None:
         """Stop the workers; an iteration in progress ends."""

@@ -20,8 +20,9 @@ import torch
 
 from ultramem_ds.kernels.base import Kernel
 from ultramem_ds.kernels.build import BuildError, build
-from ultramem_ds.kernels.cpu import NativeKernel, load_library
+from ultramem_ds.kernels.cpu import NativeKernel
 from ultramem_ds.kernels.embedding_bag import EmbeddingBagKernel
+from ultramem_ds.kernels.native import load_library
 from ultramem_ds.kernels.reference import ReferenceKernel
 
 _LOGGER = logging.getLogger(__name__)

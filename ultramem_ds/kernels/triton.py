@@ -17,8 +17,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ultramem_ds.kernels.base import RowGradients, accumulation_dtype
-from ultramem_ds.kernels.row_adam import TorchRowAdam
+from ultramem_ds.kernels.base import accumulation_dtype
+from ultramem_ds.kernels.plain import PlainKernel
 
 # Letters: see kernels/base.py. C = V / h columns of one core's chunk.
 
@@ -69,8 +69,8 @@ def _pool_ragged(
 
 
 @triton.jit
-def _score_backward(
-    values, rows, bags, grad, grad_scores,
+def _entry_dots(
+    values, rows, bags, grad, dots,
     V, C, h,
     ACCUMULATE: tl.constexpr, TILE_C: tl.constexpr,
 ):  # fmt: skip
@@ -86,14 +86,14 @@ def _score_backward(
         value = tl.load(values + row * V + columns, mask=within < C, other=0.0).to(ACCUMULATE)
         bag_grad = tl.load(grad + bag * V + columns, mask=within < C, other=0.0).to(ACCUMULATE)
         products += value * bag_grad
-    tl.store(grad_scores + entry * h + core, tl.sum(products, axis=0))
+    tl.store(dots + entry * h + core, tl.sum(products, axis=0))
 
 
 @triton.jit
 def _row_backward(
-    sorted_rows, ends, slots, order, bags, scores, grad, grad_rows,
+    sorted_rows, ends, order, bags, scores, grad, grad_values,
     V, C, h,
-    ACCUMULATE: tl.constexpr, TILE_V: tl.constexpr, OVERWRITE: tl.constexpr,
+    ACCUMULATE: tl.constexpr, TILE_V: tl.constexpr,
 ):  # fmt: skip
     """Program (j, tile): the row's gradient if sorted entry j is the first of its row."""
     first = tl.program_id(0).to(tl.int64)
@@ -102,11 +102,8 @@ def _row_backward(
     if row != before:
         columns = tl.program_id(1) * TILE_V + tl.arange(0, TILE_V)
         in_row = columns < V
-        target = grad_rows + tl.load(slots + first) * V + columns
-        if OVERWRITE:
-            sums = tl.zeros((TILE_V,), dtype=ACCUMULATE)
-        else:
-            sums = tl.load(target, mask=in_row, other=0.0)
+        target = grad_values + row * V + columns
+        sums = tl.load(target, mask=in_row, other=0.0)
         for j in range(first, tl.load(ends + first)):
             entry = tl.load(order + j)
             bag = tl.load(bags + entry)
@@ -137,7 +134,7 @@ def _tile(columns: int, limit: int = _MAX_TILE) -> int:
     return min(triton.next_power_of_2(columns), limit)
 
 
-class TritonKernel(TorchRowAdam):
+class TritonKernel(PlainKernel):
     """Deterministic kernels; see :class:`ultramem_ds.kernels.base.Kernel`."""
 
     name = "triton"
@@ -203,25 +200,11 @@ class TritonKernel(TorchRowAdam):
         rows_M: Tensor,
         bags_M: Tensor,
         scores_Mh: Tensor,
-        grad_values_RV: Tensor | None,
+        grad_values_RV: Tensor,
     ) -> Tensor:
         """See :class:`ultramem_ds.kernels.base.Kernel`."""
-        if grad_values_RV is not None:
-            self._add_to_table(grad_BV, rows_M, bags_M, scores_Mh, grad_values_RV)
-        return self._grad_scores(grad_BV, values_RV, rows_M, bags_M, scores_Mh)
-
-    def backward_rows(
-        self, grad_BV: Tensor, values_RV: Tensor, rows_M: Tensor, bags_M: Tensor, scores_Mh: Tensor
-    ) -> RowGradients:
-        """See :class:`ultramem_ds.kernels.base.Kernel`."""
-        sorted_M, order_M = torch.sort(rows_M, stable=True)
-        rows_U, slots_M = torch.unique_consecutive(sorted_M, return_inverse=True)
-        grad_UV = values_RV.new_empty(
-            rows_U.numel(), values_RV.shape[1], dtype=accumulation_dtype(values_RV.dtype)
-        )
-        _write_rows(grad_BV, sorted_M, slots_M, order_M, bags_M, scores_Mh, grad_UV, overwrite=True)
-        grad_scores_Mh = self._grad_scores(grad_BV, values_RV, rows_M, bags_M, scores_Mh)
-        return RowGradients(rows_U, grad_UV, grad_scores_Mh)
+        self._add_to_table(grad_BV, rows_M, bags_M, scores_Mh, grad_values_RV)
+        return self.entry_dots(grad_BV, values_RV, rows_M, bags_M, scores_Mh.shape[1])
 
     def _add_to_table(
         self,
@@ -231,31 +214,47 @@ class TritonKernel(TorchRowAdam):
         scores_Mh: Tensor,
         grad_values_RV: Tensor,
     ) -> None:
+        width, num_cores = grad_BV.shape[1], scores_Mh.shape[1]
         sorted_M, order_M = torch.sort(rows_M, stable=True)
-        _write_rows(
-            grad_BV, sorted_M, sorted_M, order_M, bags_M, scores_Mh, grad_values_RV, overwrite=False
-        )
-
-    def _grad_scores(
-        self, grad_BV: Tensor, values_RV: Tensor, rows_M: Tensor, bags_M: Tensor, scores_Mh: Tensor
-    ) -> Tensor:
-        grad_scores_Mh = torch.empty_like(scores_Mh)
-        num_cores, width = scores_Mh.shape[1], values_RV.shape[1]
-        if rows_M.numel() > 0:
-            with torch.cuda.device_of(values_RV):
-                _score_backward[(rows_M.numel(), num_cores)](
-                    values_RV,
-                    rows_M,
+        ends_M = torch.searchsorted(sorted_M, sorted_M, right=True)
+        if sorted_M.numel() > 0:
+            with torch.cuda.device_of(grad_BV):
+                _row_backward[(sorted_M.numel(), triton.cdiv(width, _tile(width)))](
+                    sorted_M,
+                    ends_M,
+                    order_M,
                     bags_M,
+                    scores_Mh,
                     grad_BV,
-                    grad_scores_Mh,
+                    grad_values_RV,
                     width,
                     width // num_cores,
                     num_cores,
                     ACCUMULATE=_TL_DTYPES[scores_Mh.dtype],
+                    TILE_V=_tile(width),
+                )
+
+    def entry_dots(
+        self, grad_BV: Tensor, values_RV: Tensor, rows_M: Tensor, bags_M: Tensor, num_cores: int
+    ) -> Tensor:
+        """See :class:`ultramem_ds.kernels.base.Kernel`."""
+        width, dtype = values_RV.shape[1], accumulation_dtype(values_RV.dtype)
+        dots_Mh = values_RV.new_empty(rows_M.numel(), num_cores, dtype=dtype)
+        if rows_M.numel() > 0:
+            with torch.cuda.device_of(values_RV):
+                _entry_dots[(rows_M.numel(), num_cores)](
+                    values_RV,
+                    rows_M,
+                    bags_M,
+                    grad_BV,
+                    dots_Mh,
+                    width,
+                    width // num_cores,
+                    num_cores,
+                    ACCUMULATE=_TL_DTYPES[dtype],
                     TILE_C=_tile(width // num_cores),
                 )
-        return grad_scores_Mh
+        return dots_Mh
 
 
 class TritonAtomicKernel(TritonKernel):
@@ -286,36 +285,3 @@ class TritonAtomicKernel(TritonKernel):
                     ACCUMULATE=_TL_DTYPES[scores_Mh.dtype],
                     TILE_V=_tile(width),
                 )
-
-
-def _write_rows(
-    grad_BV: Tensor,
-    sorted_M: Tensor,
-    slots_M: Tensor,
-    order_M: Tensor,
-    bags_M: Tensor,
-    scores_Mh: Tensor,
-    grad_rows: Tensor,
-    overwrite: bool,
-) -> None:
-    """Put the gradient of sorted entry j's row into row ``slots_M[j]`` of ``grad_rows``."""
-    width, num_cores = grad_BV.shape[1], scores_Mh.shape[1]
-    if sorted_M.numel() > 0:
-        ends_M = torch.searchsorted(sorted_M, sorted_M, right=True)
-        with torch.cuda.device_of(grad_BV):
-            _row_backward[(sorted_M.numel(), triton.cdiv(width, _tile(width)))](
-                sorted_M,
-                ends_M,
-                slots_M,
-                order_M,
-                bags_M,
-                scores_Mh,
-                grad_BV,
-                grad_rows,
-                width,
-                width // num_cores,
-                num_cores,
-                ACCUMULATE=_TL_DTYPES[scores_Mh.dtype],
-                TILE_V=_tile(width),
-                OVERWRITE=overwrite,
-            )

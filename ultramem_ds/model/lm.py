@@ -35,7 +35,7 @@ class StepInputs(NamedTuple):
 
     positions_BS: Tensor  # rotary positions, (1 or B, S)
     mask_BSS: Tensor | None  # see AttentionContext
-    doc_starts_BS: Tensor | None  # True at a sequence's first token; None: nothing starts here
+    doc_boundaries_BS: Tensor | None  # True at a sequence's first token; None: nothing starts here
 
 
 class DecodeState(Protocol):
@@ -80,6 +80,7 @@ class LanguageModel(nn.Module):
         super().__init__()
         model, memory = config.model, config.memory
         self.config = config
+        self.recompute_blocks = False  # in the backward; a trainer may set it
         make_mlp = make_mlp or (lambda _: local_mlp(config))
         make_table = make_table or (
             lambda i: ValueTable(memory.num_rows, memory.value_dim, table_index=i)
@@ -99,7 +100,7 @@ class LanguageModel(nn.Module):
     def hidden(
         self,
         tokens_BS: Tensor,
-        doc_begins_BS: Tensor | None = None,
+        doc_ids_BS: Tensor | None = None,
         positions_BS: Tensor | None = None,
         state: DecodeState | None = None,
     ) -> tuple[Tensor, list[Tensor], list[Tensor], list[Tensor]]:
@@ -107,7 +108,7 @@ class LanguageModel(nn.Module):
 
         Args:
             tokens_BS: token ids, int64.
-            doc_begins_BS: index of the first token of each position's document, int64: attention
+            doc_ids_BS: number of each position's document, int64, runs of equal numbers: attention
                 and the memory's query convolution stay inside it; None ignores documents.
             positions_BS: rotary positions; None counts from the start of the sequence.
             state: carries decoding from call to call; it gives documents and positions itself.
@@ -118,22 +119,22 @@ class LanguageModel(nn.Module):
         """
         model = self.config.model
         S = tokens_BS.shape[1]
-        mask_BSS = doc_starts_BS = None
+        mask_BSS = doc_boundaries_BS = None
         if state is not None:
-            positions_BS, mask_BSS, doc_starts_BS = state.enter(S)
+            positions_BS, mask_BSS, doc_boundaries_BS = state.enter(S)
         if positions_BS is None:
             positions_BS = torch.arange(S, device=tokens_BS.device).unsqueeze(0)
-        if doc_begins_BS is not None:
+        if doc_ids_BS is not None:
             index_S = torch.arange(S, device=tokens_BS.device)
-            doc_starts_BS = doc_begins_BS == index_S
-            same_BSS = doc_begins_BS.unsqueeze(2) == doc_begins_BS.unsqueeze(1)
+            doc_boundaries_BS = F.pad(doc_ids_BS.diff(dim=1) != 0, (1, 0), value=True)
+            same_BSS = doc_ids_BS.unsqueeze(2) == doc_ids_BS.unsqueeze(1)
             mask_BSS = (same_BSS & (index_S <= index_S.unsqueeze(1))).unsqueeze(1)
         x_BSD = self.dropout(self.embedding(tokens_BS))
         cos_BSK, sin_BSK = rotary_tables(
             positions_BS, model.head_dim, model.rope_theta, x_BSD.dtype
         )
         context = AttentionContext(cos_BSK, sin_BSK, mask_BSS)
-        recompute = self.config.train.activation_checkpointing and self.training
+        recompute = self.recompute_blocks and self.training
         memories = self.memory_layers
         pending: dict[int, PendingMemory] = {}
         balance, counts, aux = [], [], []
@@ -149,7 +150,7 @@ class LanguageModel(nn.Module):
                 counts.append(out.expert_counts)
             for j in self.placement.starts[i]:
                 conv = None if state is None else state.conv[j]
-                pending[j] = memories[j].start(out.mlp_input_BSD, doc_starts_BS, conv)
+                pending[j] = memories[j].start(out.mlp_input_BSD, doc_boundaries_BS, conv)
                 if state is not None:
                     state.conv[j] = pending[j].conv_state
                 aux.append(pending[j].aux_loss)
@@ -164,7 +165,7 @@ class LanguageModel(nn.Module):
     def forward(
         self,
         tokens_BS1: Tensor,
-        doc_begins_BS: Tensor | None = None,
+        doc_ids_BS: Tensor | None = None,
         positions_BS: Tensor | None = None,
         vocab_limit: int | None = None,
     ) -> LossTerms:
@@ -174,7 +175,7 @@ class LanguageModel(nn.Module):
         them in.
         """
         inputs_BS, targets_BS = tokens_BS1[:, :-1], tokens_BS1[:, 1:]
-        x_BSD, balance, counts, aux = self.hidden(inputs_BS, doc_begins_BS, positions_BS)
+        x_BSD, balance, counts, aux = self.hidden(inputs_BS, doc_ids_BS, positions_BS)
         logits_BSW = self.head(x_BSD)
         loss = F.cross_entropy(
             logits_BSW[..., :vocab_limit].float().flatten(0, 1), targets_BS.reshape(-1)

@@ -108,6 +108,7 @@ class TrainEngine:
         self.guard = StepGuard(config.train, config.optim.clip_grad)
         self.gate = StepGate(parallel.engine, self.guard.judge)
         self.engine = parallel.engine
+        self.model.recompute_blocks = config.train.activation_checkpointing
         self.tables = parallel.tables
         self.partition = parallel.partition
         self.statistics = MemoryStatistics(self.model, self.comm, ranks.device)
@@ -191,7 +192,7 @@ class TrainEngine:
         return {rank: samples for rank, samples in enumerate(found) if samples}
 
     def _inputs(self, batch: MicroBatch) -> tuple[Tensor | None, ...]:
-        tensors = (batch.tokens, batch.doc_starts, batch.positions)
+        tensors = (batch.tokens, batch.doc_ids, batch.positions)
         return tuple(
             t if t is None else t.to(self.ranks.device, non_blocking=True) for t in tensors
         )

@@ -1,8 +1,9 @@
-"""Tucker form of the grid scores, with multi-core scoring (paper eq. 5-10 and 16).
+"""How pairs of row and column are scored: product keys, or Tucker form with several cores.
 
-score_i(row, col) = S_row^T C_i S_col for each of the h cores; their sum, the form of C = sum C_i,
-decides the selection. Candidates are the top of S_row.u and S_col.v, with u, v the leading singular
-vectors of C (eq. 6-9).
+*Product keys* (paper eq. 2-3; Lample et al., 2019) add the row's and the column's score. The
+*Tucker form* with multi-core scoring (eq. 5-10 and 16) is score_i(row, col) = S_row^T C_i S_col for
+each of the h cores; their sum, the form of C = sum C_i, decides the selection. Candidates are the
+top of S_row.u and S_col.v, with u, v the leading singular vectors of C (eq. 6-9).
 """
 
 from __future__ import annotations
@@ -13,31 +14,40 @@ import torch
 from torch import Tensor, nn
 
 from ultramem_ds.config.schema import MemoryConfig
-from ultramem_ds.model.memory.losses import tucker_aux_loss
 from ultramem_ds.model.roles import tag
 
-# T tokens, H heads, r Tucker rank, h cores, m pairs, c candidates per side.
+# H heads, r Tucker rank, h cores. A leading 2 is the side: rows, then columns.
 
 
-class TuckerForm(NamedTuple):
-    """The cores of one forward pass; plain tensors, so usable outside the module's forward."""
+class ScoreForm(NamedTuple):
+    """The scoring of one forward pass; plain tensors, so usable outside the module's forward."""
 
-    core_hHrr: Tensor  # differentiable
-    directions_2Hr: Tensor  # u and v, no gradient
-    aux_loss: Tensor | float  # eq. 12 before alpha, 0-dim; 0 outside training
+    core_hHrr: Tensor | None  # differentiable; None for product keys
+    directions_2Hr: Tensor  # u and v, no gradient: candidates are ranked by their scores along them
+    aux_loss: Tensor | float = 0.0  # eq. 12 before alpha, 0-dim; 0 outside training
 
     def singular_values(self) -> Tensor:
-        """Singular values (r,) of the summed core, descending, mean over heads; no gradient."""
+        """Singular values (r,) of the summed core, mean over heads, no gradient; else empty."""
+        if self.core_hHrr is None:
+            return self.directions_2Hr.new_empty(0)
         return torch.linalg.svdvals(self.core_hHrr.detach().sum(0)).mean(0)
 
-    def grid(self, row_THcr: Tensor, col_THcr: Tensor) -> Tensor:
-        """Total scores of all pairs of candidates, (T, H, c, c); for selection only."""
-        core_Hrr = self.core_hHrr.sum(0)
-        return (row_THcr @ core_Hrr) @ col_THcr.transpose(-1, -2)
 
-    def pair_scores(self, row_THmr: Tensor, col_THmr: Tensor) -> Tensor:
-        """Scores of matched pairs for every core, (T, H, m, h)."""
-        return torch.einsum("thma,chab,thmb->thmc", row_THmr, self.core_hHrr, col_THmr)
+class ProductKey(nn.Module):
+    """Additive scores, on which the two-stage top-m is exact; no parameters, no loss."""
+
+    directions: Tensor
+
+    def __init__(self, memory: MemoryConfig) -> None:
+        super().__init__()
+        self.register_buffer("directions", torch.ones(2, memory.num_heads, 1))
+
+    def mark_stale(self) -> None:
+        """Nothing is cached."""
+
+    def forward(self) -> ScoreForm:
+        """Bind the directions."""
+        return ScoreForm(None, self.directions)
 
 
 class TuckerCore(nn.Module):
@@ -74,7 +84,7 @@ class TuckerCore(nn.Module):
     def _core_version(self) -> int:
         return 0 if self.core.is_inference() else self.core._version
 
-    def forward(self) -> TuckerForm:
+    def forward(self) -> ScoreForm:
         """Bind the current cores (fp32 at least), refreshing the singular vectors if stale."""
         # A copy: under ZeRO-3 the parameter itself is released when this forward returns.
         core_hHrr = self.core.clone()
@@ -88,7 +98,26 @@ class TuckerCore(nn.Module):
         aux_loss: Tensor | float = 0.0
         if self.training:
             aux_loss = tucker_aux_loss(total_Hrr, self.margin)
-        return TuckerForm(core_hHrr, self.directions, aux_loss)
+        return ScoreForm(core_hHrr, self.directions, aux_loss)
+
+
+def tucker_aux_loss(core_Hrr: Tensor, margin: float) -> Tensor:
+    """Penalise the non-leading singular values that exceed a margin, mean over heads.
+
+    ``1 / (r - 1) * sum_{i >= 2} max(0, sigma_i - margin)^2`` per head; the caller applies alpha.
+
+    Args:
+        core_Hrr: Sum of the cores per head, fp32 or fp64.
+        margin: tau of eq. 12.
+
+    Returns:
+        0-dim loss with its graph attached; 0 for r = 1.
+    """
+    rank = core_Hrr.shape[-1]
+    if rank == 1:
+        return core_Hrr.new_zeros(())
+    excess = (torch.linalg.svdvals(core_Hrr)[:, 1:] - margin).clamp(min=0.0)
+    return excess.square().sum(-1).mean() / (rank - 1)
 
 
 def leading_singular_vectors(core_Hrr: Tensor, previous_2Hr: Tensor) -> Tensor:
