@@ -20,7 +20,7 @@ TOKENIZER ?= runs/demo/tokenizer.json
 LOGDIR ?= runs
 TEST_JOBS ?= 2
 
-.PHONY: help install demo ablation clean-demo test bad-input lint format check train prepare tensorboard evaluate generate bench chaos clean
+.PHONY: help install demo ablation clean-demo test native-sanitize bad-input lint format check train prepare tensorboard evaluate generate bench chaos clean
 .DEFAULT_GOAL := help
 
 help: ## list the targets
@@ -46,6 +46,9 @@ clean-demo: ## forget the demo: corpus, data, runs
 
 test: install ## run the tests, TEST_JOBS at a time
 	$(PY) -m pytest -n $(TEST_JOBS) --dist worksteal
+
+native-sanitize: install ## the native kernels' tests once under AddressSanitizer and UBSan
+	PYTHON=$(PY) scripts/native_sanitize.sh
 
 bad-input: install ## write docs/bad-input.md anew from the messages of today
 	UPDATE_BAD_INPUT=1 $(PY) -m pytest tests/unit/test_bad_input.py
