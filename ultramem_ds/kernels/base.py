@@ -76,6 +76,10 @@ class Kernel(Protocol):
         """Add the table's gradient to ``grad_values_RV``; return ``entry_dots``."""
         ...
 
+    def add_rows_(self, target_RV: Tensor, rows_M: Tensor, values_MV: Tensor) -> None:
+        """``target[rows[m]] += values[m]``, the same bits each time; both of one dtype."""
+        ...
+
     def row_adam_(
         self,
         rows_U: Tensor,

@@ -18,6 +18,13 @@ from ultramem_ds.kernels.row_adam import AdamStep
 class PlainKernel(Kernel):
     """A :class:`ultramem_ds.kernels.base.Kernel` but for the lookups."""
 
+    def add_rows_(self, target_RV: Tensor, rows_M: Tensor, values_MV: Tensor) -> None:
+        """On a GPU ``index_put_``, which sorts: ``index_add_`` adds in any order there."""
+        if target_RV.device.type == "cpu":
+            target_RV.index_add_(0, rows_M, values_MV)
+        else:
+            target_RV.index_put_((rows_M,), values_MV, accumulate=True)
+
     def row_adam_(
         self,
         rows_U: Tensor,

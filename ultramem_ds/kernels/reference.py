@@ -20,7 +20,7 @@ def _by_core(rows_MV: Tensor, num_cores: int) -> Tensor:
 
 
 class ReferenceKernel(PlainKernel):
-    """Gather, multiply, ``index_add_``; see :class:`ultramem_ds.kernels.base.Kernel`."""
+    """Gather, multiply, ``add_rows_``; see :class:`ultramem_ds.kernels.base.Kernel`."""
 
     name = "reference"
 
@@ -30,7 +30,8 @@ class ReferenceKernel(PlainKernel):
         gathered_MV = values_RV.index_select(0, rows_M).to(scores_Mh.dtype)
         weighted_MhC = _by_core(gathered_MV, scores_Mh.shape[1]) * scores_Mh[:, :, None]
         pooled_BV = weighted_MhC.new_zeros(num_bags, values_RV.shape[1])
-        return pooled_BV.index_add_(0, bags_M, weighted_MhC.flatten(1)).to(values_RV.dtype)
+        self.add_rows_(pooled_BV, bags_M, weighted_MhC.flatten(1))
+        return pooled_BV.to(values_RV.dtype)
 
     def lookup(
         self,
@@ -78,5 +79,5 @@ class ReferenceKernel(PlainKernel):
         """See :class:`ultramem_ds.kernels.base.Kernel`."""
         num_cores = scores_Mh.shape[1]
         grad_MhC = _by_core(grad_BV.index_select(0, bags_M).to(scores_Mh.dtype), num_cores)
-        grad_values_RV.index_add_(0, rows_M, (grad_MhC * scores_Mh[:, :, None]).flatten(1))
+        self.add_rows_(grad_values_RV, rows_M, (grad_MhC * scores_Mh[:, :, None]).flatten(1))
         return self.entry_dots(grad_BV, values_RV, rows_M, bags_M, num_cores)

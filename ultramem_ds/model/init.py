@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from ultramem_ds.config.schema import Config, MemoryConfig
 from ultramem_ds.kernels.pairs import best_pairs, top_candidates
-from ultramem_ds.model.memory.scores import ScoreForm, leading_singular_vectors
+from ultramem_ds.model.memory.scores import ScoreForm, leading_pair, singular_vectors
 
 # D hidden, L layers, H memory heads, r Tucker rank, h cores, m top-m, n keys per side, E expansion,
 # V value width, d kdim, T tokens, R rows. Y is the mean of the top-m of the candidate scores.
@@ -192,7 +192,7 @@ def _random_form(memory: MemoryConfig, generator: torch.Generator) -> ScoreForm:
     core = torch.empty(memory.num_cores, 1, memory.tucker_rank, memory.tucker_rank)
     _draw(core, core_fill(memory), generator)
     total = core.sum(0)
-    directions = leading_singular_vectors(total, torch.zeros(2, 1, memory.tucker_rank))
+    directions = leading_pair(singular_vectors(total), torch.zeros(2, 1, memory.tucker_rank))
     return ScoreForm(core, directions)
 
 

@@ -36,7 +36,7 @@ class Diagnosis(NamedTuple):
     """What training-state statistics want to know of a retrieval; no gradients."""
 
     recall: Tensor  # 0-dim, see ``exhaustive_recall``
-    singular_values_r: Tensor  # of the summed core, mean over heads; empty for product keys
+    singular_values_r: Tensor | None  # see ``ScoreForm``
 
 
 class Selection(NamedTuple):
@@ -135,7 +135,7 @@ class Retrieval(nn.Module):
     ) -> Diagnosis:
         scores_2THnr = torch.einsum(self._equation("r"), queries, keys_2Hnrd)
         recall = exhaustive_recall(form.core_hHrr, scores_2THnr, slots_THm)
-        return Diagnosis(recall, form.singular_values())
+        return Diagnosis(recall, form.singular_values_r)
 
 
 def exhaustive_top(

@@ -24,13 +24,8 @@ class ScoreForm(NamedTuple):
 
     core_hHrr: Tensor | None  # differentiable; None for product keys
     directions_2Hr: Tensor  # u and v, no gradient: candidates are ranked by their scores along them
+    singular_values_r: Tensor | None = None  # of C, mean over heads, no gradient; None: not known
     aux_loss: Tensor | float = 0.0  # eq. 12 before alpha, 0-dim; 0 outside training
-
-    def singular_values(self) -> Tensor:
-        """Singular values (r,) of the summed core, mean over heads, no gradient; else empty."""
-        if self.core_hHrr is None:
-            return self.directions_2Hr.new_empty(0)
-        return torch.linalg.svdvals(self.core_hHrr.detach().sum(0)).mean(0)
 
 
 class ProductKey(nn.Module):
@@ -57,7 +52,9 @@ class TuckerCore(nn.Module):
     after ``mark_stale`` (called once per optimizer step), after an in-place write to the cores and
     after a load. The SVD is done in float64 on the CPU, so that every rank gets the same bits; the
     joint sign of (u, v), which chooses the quadrant that the candidate search sees, continues the
-    previous one, or makes the largest entry of (u, v) positive where there is none.
+    previous one, or makes the largest entry of (u, v) positive where there is none. The auxiliary
+    loss takes its singular values from the same vectors, sigma_i = u_i^T C v_i, whose gradient
+    with the vectors held fixed is the exact one: one decomposition per step, not per forward.
     """
 
     directions: Tensor
@@ -70,7 +67,8 @@ class TuckerCore(nn.Module):
         # Rows u and v per head; all zero = never computed.
         self.register_buffer("directions", torch.zeros(2, heads, rank))
         self.margin = memory.aux_loss_margin
-        self._current: int | None = None  # of the cores that ``directions`` belongs to
+        self._current: int | None = None  # of the cores that the vectors belong to
+        self._vectors_2Hrr: Tensor | None = None  # all left ones as rows, all right ones as rows
         self.register_load_state_dict_post_hook(lambda module, _: module.mark_stale())
 
     def mark_stale(self) -> None:
@@ -79,7 +77,14 @@ class TuckerCore(nn.Module):
 
     def keep_directions(self) -> None:
         """Take ``directions`` as they are for the current cores (recorded vectors)."""
+        self._decompose(self.core.detach().sum(0))
+
+    def _decompose(self, total_Hrr: Tensor) -> Tensor:
+        """All singular vectors of the current cores, float64 on the CPU."""
+        vectors_2Hrr = singular_vectors(total_Hrr.double().cpu())
+        self._vectors_2Hrr = vectors_2Hrr.to(total_Hrr.device, total_Hrr.dtype)
         self._current = self._core_version()
+        return vectors_2Hrr
 
     def _core_version(self) -> int:
         return 0 if self.core.is_inference() else self.core._version
@@ -91,47 +96,54 @@ class TuckerCore(nn.Module):
         core_hHrr = core_hHrr.to(torch.promote_types(core_hHrr.dtype, torch.float32))
         total_Hrr = core_hHrr.sum(0)
         if self._current != self._core_version() or self.directions.dtype != total_Hrr.dtype:
-            previous = self.directions.double().cpu()
-            fresh = leading_singular_vectors(total_Hrr.detach().double().cpu(), previous)
+            vectors_2Hrr = self._decompose(total_Hrr.detach())
+            fresh = leading_pair(vectors_2Hrr, self.directions.double().cpu())
             self.directions = fresh.to(total_Hrr.device, total_Hrr.dtype)
-            self._current = self._core_version()
-        aux_loss: Tensor | float = 0.0
-        if self.training:
-            aux_loss = tucker_aux_loss(total_Hrr, self.margin)
-        return ScoreForm(core_hHrr, self.directions, aux_loss)
+        if not self.training:
+            return ScoreForm(core_hHrr, self.directions)
+        assert self._vectors_2Hrr is not None
+        left_Hrr, right_Hrr = self._vectors_2Hrr
+        sigma_Hr = (left_Hrr @ total_Hrr * right_Hrr).sum(-1)
+        aux_loss = tucker_aux_loss(sigma_Hr, self.margin)
+        return ScoreForm(core_hHrr, self.directions, sigma_Hr.detach().mean(0), aux_loss)
 
 
-def tucker_aux_loss(core_Hrr: Tensor, margin: float) -> Tensor:
-    """Penalise the non-leading singular values that exceed a margin, mean over heads.
+def tucker_aux_loss(sigma_Hr: Tensor, margin: float) -> Tensor:
+    """Penalise the non-leading singular values that exceed a margin, mean over heads (eq. 12).
 
     ``1 / (r - 1) * sum_{i >= 2} max(0, sigma_i - margin)^2`` per head; the caller applies alpha.
 
     Args:
-        core_Hrr: Sum of the cores per head, fp32 or fp64.
+        sigma_Hr: Singular values of the summed cores, descending.
         margin: tau of eq. 12.
 
     Returns:
         0-dim loss with its graph attached; 0 for r = 1.
     """
-    rank = core_Hrr.shape[-1]
+    rank = sigma_Hr.shape[-1]
     if rank == 1:
-        return core_Hrr.new_zeros(())
-    excess = (torch.linalg.svdvals(core_Hrr)[:, 1:] - margin).clamp(min=0.0)
+        return sigma_Hr.new_zeros(())
+    excess = (sigma_Hr[:, 1:] - margin).clamp(min=0.0)
     return excess.square().sum(-1).mean() / (rank - 1)
 
 
-def leading_singular_vectors(core_Hrr: Tensor, previous_2Hr: Tensor) -> Tensor:
+def singular_vectors(core_Hrr: Tensor) -> Tensor:
+    """Left, then right singular vectors as rows, (2, H, r, r), by descending singular value."""
+    left_Hrr, _, right_Hrr = torch.linalg.svd(core_Hrr)
+    return torch.stack([left_Hrr.transpose(1, 2), right_Hrr])
+
+
+def leading_pair(vectors_2Hrr: Tensor, previous_2Hr: Tensor) -> Tensor:
     """Leading left and right singular vectors per head, sign kept continuous.
 
     Args:
-        core_Hrr: Matrices.
+        vectors_2Hrr: See ``singular_vectors``.
         previous_2Hr: Vectors whose joint sign is continued; zeros where there are none.
 
     Returns:
         (2, H, r): u, then v, of unit length.
     """
-    left, _, right_t = torch.linalg.svd(core_Hrr)
-    pair_2Hr = torch.stack([left[:, :, 0], right_t[:, 0, :]])
+    pair_2Hr = vectors_2Hrr[:, :, 0]
     by_head_Hx = pair_2Hr.transpose(0, 1).flatten(1)
     continuity_H = (pair_2Hr * previous_2Hr).sum((0, 2))
     largest_H = by_head_Hx.gather(1, by_head_Hx.abs().argmax(1, keepdim=True))[:, 0]
