@@ -53,12 +53,13 @@ native-sanitize: install ## the native kernels' tests once under AddressSanitize
 bad-input: install ## write docs/bad-input.md anew from the messages of today
 	UPDATE_BAD_INPUT=1 $(PY) -m pytest tests/unit/test_bad_input.py
 
-lint: install ## ruff, mypy, the collectives check and the arrows between packages
+lint: install ## ruff, mypy, collectives, arrows between packages, questions to the device
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
 	$(PY) -m mypy
 	$(PY) scripts/check_collectives.py
 	$(PY) scripts/check_arrows.py
+	$(PY) scripts/check_host_syncs.py
 
 format: install ## let ruff rewrite what it can
 	$(PY) -m ruff check --fix .

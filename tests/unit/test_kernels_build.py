@@ -83,4 +83,4 @@ def test_the_name_follows_source_flags_torch_and_cpu(monkeypatch):
 def test_the_kernel_for_another_device_is_refused_with_a_reason():
     with pytest.raises(ValueError, match="runs on cpu, the table is on meta"):
         registry.resolve("cpu", torch.device("meta"))
-    assert registry.resolve("auto", torch.device("meta")).name == "embedding-bag"
+    assert registry.resolve("auto", torch.device("meta")).name == "reference"

@@ -94,6 +94,7 @@ _FACTORIES: dict[str, Callable[[torch.device], Choice]] = {
 NAMES = tuple(_FACTORIES)
 # What kernel="auto" tries, in this order.
 _PREFERENCE = {
+    "meta": ("reference",),  # shapes only: nothing whose size the data decide
     "cpu": ("cpu", "embedding-bag", "reference"),
     "cuda": ("triton", "embedding-bag", "reference"),
 }

@@ -114,7 +114,7 @@ def _row_backward(
 
 @triton.jit
 def _row_backward_atomic(
-    rows, bags, scores, grad, grad_rows,
+    rows, bags, scores, grad, grad_values,
     V, C, h,
     ACCUMULATE: tl.constexpr, TILE_V: tl.constexpr,
 ):  # fmt: skip
@@ -126,7 +126,7 @@ def _row_backward_atomic(
     bag = tl.load(bags + entry)
     score = tl.load(scores + entry * h + columns // C, mask=in_row, other=0.0)
     bag_grad = tl.load(grad + bag * V + columns, mask=in_row, other=0.0).to(ACCUMULATE)
-    tl.atomic_add(grad_rows + row * V + columns, score * bag_grad, mask=in_row)
+    tl.atomic_add(grad_values + row * V + columns, score * bag_grad, mask=in_row)
 
 
 def _tile(columns: int, limit: int = _MAX_TILE) -> int:

@@ -82,7 +82,7 @@ class TuckerCore(nn.Module):
     def _decompose(self, total_Hrr: Tensor) -> Tensor:
         """All singular vectors of the current cores, float64 on the CPU."""
         vectors_2Hrr = singular_vectors(total_Hrr.double().cpu())
-        self._vectors_2Hrr = vectors_2Hrr.to(total_Hrr.device, total_Hrr.dtype)
+        self._vectors_2Hrr = vectors_2Hrr.to(total_Hrr)
         self._current = self._core_version()
         return vectors_2Hrr
 
@@ -102,7 +102,7 @@ class TuckerCore(nn.Module):
         if not self.training:
             return ScoreForm(core_hHrr, self.directions)
         assert self._vectors_2Hrr is not None
-        left_Hrr, right_Hrr = self._vectors_2Hrr
+        left_Hrr, right_Hrr = self._vectors_2Hrr.to(total_Hrr)
         sigma_Hr = (left_Hrr @ total_Hrr * right_Hrr).sum(-1)
         aux_loss = tucker_aux_loss(sigma_Hr, self.margin)
         return ScoreForm(core_hHrr, self.directions, sigma_Hr.detach().mean(0), aux_loss)
