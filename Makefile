@@ -20,7 +20,7 @@ TOKENIZER ?= runs/demo/tokenizer.json
 LOGDIR ?= runs
 TEST_JOBS ?= 2
 
-.PHONY: help install demo ablation clean-demo test native-sanitize bad-input lint format check train prepare tensorboard evaluate generate bench chaos clean
+.PHONY: help install demo ablation clean-demo test native-sanitize gpu-check bad-input lint format check train prepare tensorboard evaluate generate bench chaos clean
 .DEFAULT_GOAL := help
 
 help: ## list the targets
@@ -49,6 +49,9 @@ test: install ## run the tests, TEST_JOBS at a time
 
 native-sanitize: install ## the native kernels' tests once under AddressSanitizer and UBSan
 	PYTHON=$(PY) scripts/native_sanitize.sh
+
+gpu-check: install ## everything about a GPU in one report: ARGS=--rehearse runs it on the CPU
+	$(PY) -m ultramem_ds doctor --gpu --report runs/gpu-check $(ARGS)
 
 bad-input: install ## write docs/bad-input.md anew from the messages of today
 	UPDATE_BAD_INPUT=1 $(PY) -m pytest tests/unit/test_bad_input.py

@@ -15,10 +15,10 @@ from ultramem_ds.sharding.scheme import Local
 from ultramem_ds.sharding.shard import TableShard
 from ultramem_ds.sharding.table_plan import TableSpec, shard_layout
 
-SMALL = (
-    "model.hidden_size=32 model.inner_size=64 model.seq_len=16 model.vocab_size=64 "
-    "memory.knum=12 memory.value_dim=32 memory.top_m=4"
-).split()
+SMALL = [
+    *("model.hidden_size=32", "model.inner_size=64", "model.seq_len=16", "model.vocab_size=64"),
+    *("memory.knum=12", "memory.value_dim=32", "memory.top_m=4"),
+]
 CASES = {
     "dense": ("dense-debug", []),
     "pkm": ("pkm-debug", []),

@@ -27,7 +27,6 @@ _SIZED_BY_DATA = {
     "unique_dim",
     "unique_consecutive",
     "bincount",
-    "_local_scalar_dense",
     "is_nonzero",
     "equal",
     # They look at the decomposition's error code.
@@ -47,9 +46,8 @@ class _Watch(TorchDispatchMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         name = func.overloadpacket.__name__
-        if name in _SIZED_BY_DATA and name != "_local_scalar_dense":
-            self.seen[name] += 1
-        elif name == "repeat_interleave" and (kwargs or {}).get("output_size") is None:
+        unsized = name == "repeat_interleave" and (kwargs or {}).get("output_size") is None
+        if name in _SIZED_BY_DATA or unsized:
             self.seen[name] += 1
         elif name in ("index", "index_put", "index_put_") and any(
             isinstance(index, Tensor) and index.dtype in (torch.bool, torch.uint8)
