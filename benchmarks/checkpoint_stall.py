@@ -25,7 +25,7 @@ import torch
 from ultramem_ds.checkpoint.directory import checkpoints_dir
 from ultramem_ds.config.deepspeed import load_deepspeed_json
 from ultramem_ds.config.load import load_config
-from ultramem_ds.data.loader import MicroBatch
+from ultramem_ds.data.micro_batch import MicroBatch
 from ultramem_ds.planning.batches import plan_batches
 from ultramem_ds.telemetry.phases import Phases
 from ultramem_ds.train.engine import TrainEngine

@@ -25,6 +25,7 @@ import psutil
 from ultramem_ds.data.indexed import bin_path, idx_path, write_index
 from ultramem_ds.data.loader import BatchLoader
 from ultramem_ds.data.manifest import Manifest, SubsetInfo, TokenizerInfo, load_manifest
+from ultramem_ds.data.micro_batch import Boundaries
 from ultramem_ds.data.mixture import Mixture
 
 SEQ_LEN = 2048
@@ -104,7 +105,7 @@ def measure_throughput(directory: Path, seconds: float) -> list[dict[str, float]
             rank=0,
             world_size=1,
             num_workers=num_workers,
-            document_mask=document_mask,
+            boundaries=Boundaries(document_mask=document_mask),
         )
         batches = iter(loader)
         next(batches)

@@ -23,7 +23,7 @@ from ultramem_ds.checkpoint.directory import latest_checkpoint
 from ultramem_ds.config.deepspeed import load_deepspeed_json
 from ultramem_ds.config.load import load_config
 from ultramem_ds.config.schema import Config
-from ultramem_ds.data.loader import MicroBatch
+from ultramem_ds.data.micro_batch import MicroBatch
 from ultramem_ds.planning.batches import plan_batches
 from ultramem_ds.telemetry.phases import Phases
 from ultramem_ds.telemetry.report import markdown_table

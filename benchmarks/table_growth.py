@@ -32,7 +32,7 @@ from ultramem_ds.bench.common import Timing, header
 from ultramem_ds.config.deepspeed import load_deepspeed_json
 from ultramem_ds.config.load import load_config
 from ultramem_ds.config.schema import Config
-from ultramem_ds.data.loader import MicroBatch
+from ultramem_ds.data.micro_batch import MicroBatch
 from ultramem_ds.model.init import init_module
 from ultramem_ds.model.memory.retrieval import Retrieval
 from ultramem_ds.planning.batches import plan_batches

@@ -16,7 +16,7 @@ from ultramem_ds.config.deepspeed import (load_deepspeed_json)
 from ultramem_ds.planning.batches import plan_batches
 from ultramem_ds.config.load import load_config
 from ultramem_ds.config.schema import Config
-from ultramem_ds.data.loader import MicroBatch
+from ultramem_ds.data.micro_batch import MicroBatch
 from ultramem_ds.zero.deepspeed_import import deepspeed
 from ultramem_ds.zero.runtime import Ranks
 from ultramem_ds.checkpoint import directory as checkpoints

@@ -180,7 +180,7 @@ def run_spikes(rank: int, world_size: int, data: Path, jobs: list[str]) -> Any:
             before = state_of(engine)
             handle = poison(engine, "spike") if option != "oracle" else None
             if option == "oracle":
-                engine.gate._judge = lambda norm: Decision(norm, True, LIMIT)
+                engine.guard.judge = lambda norm: Decision(norm, True, LIMIT)
             else:  # a constant history: the spread is 5% of it, times 6 sigma
                 engine.guard.load_state({"norms": [LIMIT / 1.3] * 20})
             result = engine.train_step(batches, 1)

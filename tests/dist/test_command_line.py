@@ -9,9 +9,13 @@ import subprocess
 from pathlib import Path
 
 import pytest
+import torch
 
 from tests.conftest import VOCAB_SIZE
 from tests.dist.launching import ROOT, environment, run_verb
+from ultramem_ds.data.tokenizers import load_tokenizer
+from ultramem_ds.data.validation import ValidationSet, validation_subsets
+from ultramem_ds.infer.load import load_model
 
 pytestmark = pytest.mark.dist
 
@@ -26,10 +30,32 @@ def lines(path: Path) -> list[dict[str, float]]:
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
+def loss_with_loop(run_dir: Path, data: Path, masked: bool) -> dict[str, float]:
+    """Loss of the first 8 validation sequences by subset, documents found by their last token."""
+    model = load_model(run_dir)
+    eos, length = load_tokenizer(data).eos_id, model.config.model.seq_len
+    losses = {}
+    for subset in validation_subsets(data):
+        total = []
+        for ids in list(ValidationSet(data, subset, length))[:8]:
+            begin, begins = 0, []
+            for position, token in enumerate(ids[:-1].tolist()):
+                begins.append(begin)
+                begin = position + 1 if token == eos else begin
+            starts = torch.tensor([begins])
+            documents = (starts, torch.arange(length) - starts) if masked else (None, None)
+            with torch.no_grad():
+                out = model(torch.from_numpy(ids)[None], *documents, vocab_limit=VOCAB_SIZE)
+            total.append(float(out["loss"]))
+        losses[subset] = sum(total) / len(total)
+    return losses
+
+
 def test_train_resume_evaluate_generate(prepared: Path, tmp_path: Path) -> None:
     run_dir = tmp_path / "run"
     command = ["train", "--preset", "ultramem-debug", "--data", str(prepared)]
     command += ["--run-dir", str(run_dir), *OVERRIDES]
+    command += ["data.document_mask=true", "data.reset_positions=true"]
 
     stopped = run_verb(*command, "train.stop_at_step=3", nproc=2)
     assert stopped.returncode == 0, stopped.stdout + stopped.stderr
@@ -80,6 +106,11 @@ def test_train_resume_evaluate_generate(prepared: Path, tmp_path: Path) -> None:
         # One process with the whole table against two ranks with halves: fp32 sums reordered.
         assert result[subset]["loss"] == pytest.approx(recorded[subset], rel=1e-5)
         assert result[subset]["bits_per_byte"] > 0
+    plain, masked = (loss_with_loop(run_dir, prepared, masked) for masked in (False, True))
+    # The first 8 of each subset; the loop takes sequences one at a time: fp32 sums reordered.
+    for subset, loss in masked.items():
+        assert result[subset]["loss"] == pytest.approx(loss, rel=1e-5)
+        assert abs(plain[subset] - loss) > 1e-3 * loss
 
     prompt = ["generate", "--checkpoint", str(run_dir), "--prompt", "The "]
     texts = [

@@ -177,8 +177,8 @@ CONFIGURATION = [
     _train("sequences longer than a subset", "model.seq_len=100000000", "model.seq_len"),
     _launched("batch not divisible by ranks", 3, "train.micro_batch_size=auto",
               "train.global_batch_size=16", "3 ranks", preset="dense-debug"),
-    _launched("experts not divisible by ranks", 3, "train.global_batch_size=18",
-              "16 experts", "moe.expert_parallel_size", preset="moe-debug"),
+    _launched("expert groups not dividing the ranks", 4, "moe.expert_parallel_size=3",
+              "moe.expert_parallel_size=3", "4 ranks", preset="moe-debug"),
     _launched("sub-groups not dividing the ranks", 4, "memory.shard_group_size=3",
               "memory.shard_group_size=3", "4 data-parallel ranks", preset="ultramem-debug"),
     Case(

@@ -18,6 +18,7 @@ from tests.unit.data_corpus import write_megatron
 from ultramem_ds.data import mixture as mixture_module
 from ultramem_ds.data.loader import BatchLoader
 from ultramem_ds.data.manifest import Manifest, SubsetInfo, TokenizerInfo
+from ultramem_ds.data.micro_batch import Boundaries
 from ultramem_ds.data.mixture import Mixture, num_sequences, quotas_of
 from ultramem_ds.data.permutation import Permutation
 from ultramem_ds.data.sources import REDPAJAMA_WEIGHTS
@@ -412,8 +413,7 @@ def test_document_boundaries(tmp_path_factory, lengths, seq_len, mask, reset):
         rank=0,
         world_size=1,
         num_workers=0,
-        document_mask=mask,
-        reset_positions=reset,
+        boundaries=Boundaries(document_mask=mask, reset_positions=reset),
     )
     batch = next(iter(loader))
     owner = np.repeat(np.arange(len(lengths)), lengths)  # document of every token of the stream

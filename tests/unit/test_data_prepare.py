@@ -189,7 +189,7 @@ def test_unfinished_work_survives_added_inputs(redpajama, tmp_path, monkeypatch)
     monkeypatch.setattr(prepare_module, "run_units", spy)
     config = PrepareConfig(validation_share=0.1)
     prepare([root / "data"], tmp_path / "out", root / "tokenizer", config)
-    units = sources.find_units([str(root / "data")])
+    units = sources.survey([str(root / "data")]).units
     assert 0 < len(seen) < len(units), "some units were done already"
     assert contents(tmp_path / "out") == contents(root / "out")
 

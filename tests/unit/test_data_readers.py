@@ -12,20 +12,25 @@ from hypothesis import strategies as st
 
 from tests.unit.data_corpus import lines_of, make_texts, write, write_redpajama
 from ultramem_ds.data import sources
+from ultramem_ds.data.options import ReadOptions
 from ultramem_ds.data.readers import BadRecord, Document, read_unit
-from ultramem_ds.data.sources import find_units
+from ultramem_ds.data.sources import survey
+
+
+def find_units(inputs, **options):
+    return survey(inputs, ReadOptions(**options)).units
 
 
 def read(*inputs, **options):
     """(documents by subset, bad records) of all inputs."""
     texts: dict[str, list[str]] = {}
     bad = []
-    for unit in find_units([str(path) for path in inputs]):
-        for record in read_unit(unit, **options):
+    for unit in find_units([str(path) for path in inputs], **options):
+        for record in read_unit(unit, ReadOptions(**options)):
             if isinstance(record, Document):
                 assert record.data == record.text.encode()
                 texts.setdefault(record.subset, []).append(record.text)
-            else:
+            elif isinstance(record, BadRecord):
                 bad.append(record)
     return texts, bad
 

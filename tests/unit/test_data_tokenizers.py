@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 
 from tests.unit.data_corpus import make_texts, small_tokenizer
 from ultramem_ds.data.tokenizer_training import train_on_inputs, train_tokenizer
-from ultramem_ds.data.tokenizers import HuggingFaceTokenizer, StreamDecoder, load_tokenizer
+from ultramem_ds.data.tokenizers import HuggingFaceTokenizer, load_tokenizer
+from ultramem_ds.infer.text import Detokenizer
 
 NEOX = os.environ.get("ULTRAMEM_TEST_NEOX_TOKENIZER")
 # Any Unicode text: surrogates are not text.
@@ -37,19 +38,19 @@ def test_bpe_round_trip(text):
 @settings(max_examples=100, deadline=None)
 def test_streamed_decoding_adds_up(text):
     tokenizer = small_tokenizer()
-    decoder = StreamDecoder(tokenizer)
+    decoder = Detokenizer(tokenizer)
     pieces = [decoder.push(token) for token in tokenizer.encode(text)]
-    assert "".join(pieces) + decoder.flush() == text
+    assert "".join(pieces) + decoder.rest() == text
 
 
 def test_a_character_appears_when_it_is_complete():
     tokenizer = small_tokenizer()
     ids = tokenizer.encode("🎉")
     assert len(ids) > 1, "the emoji is not in the training text"
-    decoder = StreamDecoder(tokenizer)
+    decoder = Detokenizer(tokenizer)
     assert [decoder.push(token) for token in ids] == [""] * (len(ids) - 1) + ["🎉"]
     assert decoder.push(ids[0]) == ""
-    assert decoder.flush() == "\ufffd"
+    assert decoder.rest() == "\ufffd"
 
 
 def test_sentencepiece_round_trip(sentencepiece):
@@ -57,8 +58,8 @@ def test_sentencepiece_round_trip(sentencepiece):
         ids = sentencepiece.encode(text)
         assert sentencepiece.decode(ids) == text
         assert sentencepiece.eos_id not in ids
-        decoder = StreamDecoder(sentencepiece)
-        assert "".join(map(decoder.push, ids)) + decoder.flush() == text
+        decoder = Detokenizer(sentencepiece)
+        assert "".join(map(decoder.push, ids)) + decoder.rest() == text
 
 
 def test_special_spelling_stays_text():

@@ -14,38 +14,44 @@ def guard(**train) -> StepGuard:
     return StepGuard(replace(preset("dense-debug").train, **train), clip_grad=1.0)
 
 
+def decide(judged: StepGuard, norm: float) -> Decision:
+    decision = judged.judge(norm)
+    judged.remember(norm)
+    return decision
+
+
 def test_off_takes_every_finite_norm() -> None:
-    judge = guard(grad_spike="off").judge
-    assert all(judge(norm).apply for norm in [1.0] * 50 + [1e9])
+    judged = guard(grad_spike="off")
+    assert all(decide(judged, norm).apply for norm in [1.0] * 50 + [1e9])
 
 
 def test_a_spike_stands_out_from_the_history() -> None:
     judged = guard(grad_spike="skip", grad_spike_sigma=4.0)
-    assert all(judged.judge(1.0).apply for _ in range(20))
+    assert all(decide(judged, 1.0).apply for _ in range(20))
     # Constant: the spread is taken as 5% of the mean, so the limit is 1 + 4 * 0.05.
     assert judged.limit() == pytest.approx(1.2)
-    assert judged.judge(1.19).apply
-    spike = judged.judge(5.0)
+    assert decide(judged, 1.19).apply
+    spike = decide(judged, 5.0)
     assert not spike.apply and spike.spike and spike.grad_norm == 5.0
     clipped = guard(grad_spike="clip", grad_spike_sigma=4.0)
     for _ in range(20):
-        clipped.judge(0.5)
-    decision = clipped.judge(9.0)
+        decide(clipped, 0.5)
+    decision = decide(clipped, 9.0)
     assert decision.apply and decision.spike and decision.clip_grad == pytest.approx(0.6)
     assert decision.grad_scale == pytest.approx(0.6 / 9.0)
 
 
 def test_young_history_knows_no_spike() -> None:
     judged = guard(grad_spike="skip")
-    assert judged.judge(0.1).apply and judged.judge(1e6).apply
+    assert decide(judged, 0.1).apply and decide(judged, 1e6).apply
 
 
 def test_a_lasting_change_of_level_is_followed() -> None:
     judged = guard(grad_spike="skip", grad_spike_sigma=6.0)
     for _ in range(HISTORY):
-        judged.judge(1.0)
+        decide(judged, 1.0)
     refused = 0
-    while not judged.judge(3.0).apply:
+    while not decide(judged, 3.0).apply:
         refused += 1
         assert refused < HISTORY
     assert refused > 0
@@ -79,7 +85,7 @@ def test_never_stops_with_zero() -> None:
 def test_state_survives_a_restart() -> None:
     first = guard(grad_spike="skip")
     for norm in range(1, 40):
-        first.judge(float(norm))
+        decide(first, float(norm))
     first.review(40, Decision(math.inf, False, 0.0), math.nan, ((1, 2), (4, 5)), {})
     second = guard(grad_spike="skip")
     second.load_state(first.state())

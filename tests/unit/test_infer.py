@@ -27,17 +27,14 @@ class Counter(torch.nn.Module):
         super().__init__()
         self.embedding = torch.nn.Embedding(1, 1)
         self.blocks, self.memories = [object()], []
-
-    def hidden(self, tokens_BS, state):
-        self.batch_sizes = [tokens_BS.shape[0]]
-        return (tokens_BS,)
+        self.batch_sizes = []
 
     def head(self, tokens_B):
         return torch.nn.functional.one_hot(tokens_B + 1, 16).float() * 100
 
-    def logits(self, tokens_BS, state):
+    def forward(self, tokens_BS, scored):
         self.batch_sizes.append(tokens_BS.shape[0])
-        return self.head(tokens_BS)
+        return self.head(tokens_BS.flatten()[scored.picks_M])
 
 
 def test_cuts_keep_the_right_tokens():
@@ -122,10 +119,20 @@ def test_kv_cache_grows_by_blocks():
         torch.testing.assert_close(values, -keys, rtol=0, atol=0)
 
 
+class Bytes:
+    """A tokenizer of bytes."""
+
+    def decode(self, ids):
+        return bytes(ids).decode(errors="replace")
+
+    def is_byte(self, token):
+        return False
+
+
 def test_text_comes_in_pieces_that_join():
     text = "naïve — 世界 🌍 end" * 9
     ids = list(text.encode())
-    detokenizer = Detokenizer(lambda some: bytes(some).decode(errors="replace"))
+    detokenizer = Detokenizer(Bytes())
     pieces = [detokenizer.push(token) for token in ids]
     assert "".join(pieces) == text and detokenizer.rest() == ""
     assert "\ufffd" not in "".join(pieces)

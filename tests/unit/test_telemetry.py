@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,7 +12,6 @@ from ultramem_ds.model.accounting import training_flops_per_token
 from ultramem_ds.sharding.execution import LOOKUP, ClockedExecutor, InlineExecutor, ThreadExecutor
 from ultramem_ds.telemetry.peak_flops import measure_matmul, peak_flops_per_s
 from ultramem_ds.telemetry.phases import Phases
-from ultramem_ds.zero.gradient_norms import GradientNorms
 
 CPU = torch.device("cpu")
 
@@ -37,20 +35,6 @@ def test_peak_is_told_or_measured(monkeypatch: pytest.MonkeyPatch) -> None:
     assert measure_matmul(CPU, "fp32", size=64) > 1e7
     monkeypatch.setenv("ULTRAMEM_PEAK_TFLOPS", "2.5")
     assert peak_flops_per_s(CPU, "fp32") == (2.5e12, "ULTRAMEM_PEAK_TFLOPS")
-
-
-def test_norms_are_split_by_role_and_passed_on() -> None:
-    table, matrix = SimpleNamespace(role="table"), SimpleNamespace(role="matrix")
-    norms = [torch.tensor(3.0), torch.tensor(4.0), torch.tensor(12.0)]
-    zero = SimpleNamespace(fp16_groups=[[matrix], [table]], _get_norm_groups=lambda: norms)
-    split = GradientNorms(SimpleNamespace(optimizer=zero))
-    assert split.read() == {}
-    assert zero._get_norm_groups() is norms
-    # 12: joined from outside ZeRO, tables that are stepped by row.
-    assert split.read() == {
-        "grad_norm_dense": 3.0,
-        "grad_norm_tables": pytest.approx((4**2 + 12**2) ** 0.5),
-    }
 
 
 @pytest.mark.parametrize("inner", [InlineExecutor, ThreadExecutor])

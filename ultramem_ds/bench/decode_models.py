@@ -288,6 +288,10 @@ class BenchState:
         assert num_new == 1
         return StepInputs(self.position_11, None, None)
 
+    def keep_conv(self, index: int, inputs_BSD: Tensor, state_BCD: Tensor | None) -> None:
+        """See ``DecodeState``."""
+        self.conv[index] = state_BCD
+
 
 def count_touched(
     model: LanguageModel, step: Callable[[], object], num_steps: int

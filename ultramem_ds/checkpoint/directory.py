@@ -31,13 +31,14 @@ class TrainerState:
     Attributes:
         step: optimizer steps taken.
         consumed_samples: sequences consumed from the mixture.
-        data_fingerprint: of the mixture that they came from.
+        data_fingerprint: of the mixture that they came from; empty if there was none.
         world_size: ranks that wrote the checkpoint.
         partition: how value tables were sharded, empty without tables.
         zero_stage: ZeRO stage that wrote it.
         config: the resolved configuration as nested plain values.
         skipped_samples: ranges of global samples that the run jumps over.
-        guard: state of ``train.guards.StepGuard``.
+        guard: state of ``watch.guards.StepGuard``.
+        micro_batch_size: sequences per rank and forward.
     """
 
     step: int
@@ -49,6 +50,7 @@ class TrainerState:
     config: dict[str, Any]
     skipped_samples: list[list[int]] = field(default_factory=list)
     guard: dict[str, Any] = field(default_factory=dict)
+    micro_batch_size: int = 0
 
 
 def tag_of(step: int) -> str:

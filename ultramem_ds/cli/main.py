@@ -7,6 +7,7 @@ import importlib
 import os
 import sys
 from collections.abc import Sequence
+from typing import Any
 
 from ultramem_ds import __version__
 from ultramem_ds.utils import environment
@@ -19,17 +20,39 @@ VERBS = {
     "train": "train",
     "evaluate": "evaluate",
     "generate": "generate",
+    "export": "export",
+    "import": "import_",
     "count": "count",
     "plan": "plan",
     "bench": "bench",
     "report": "report",
+    "study": "study",
     "doctor": "doctor",
 }
 
 
+class AnyOrderParser(argparse.ArgumentParser):
+    """Options and positional arguments (overrides) in any order, for every verb.
+
+    argparse by itself takes only the first run of positional arguments.
+    """
+
+    _intermixed = False  # argparse parses twice for it, through the method below
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """As usual; positional arguments need not stand together."""
+        if self._intermixed or any(a.nargs == argparse.PARSER for a in self._actions):
+            return super().parse_known_args(args, namespace)
+        self._intermixed = True
+        try:
+            return self.parse_known_intermixed_args(args, namespace)
+        finally:
+            self._intermixed = False
+
+
 def build_parser(verbs: Sequence[str] = tuple(VERBS)) -> argparse.ArgumentParser:
     """The parser with the given verbs."""
-    parser = argparse.ArgumentParser(
+    parser = AnyOrderParser(
         prog="ultramem-ds",
         description="Pre-train UltraMem language models (arXiv 2411.12364) with DeepSpeed.",
         epilog="For many ranks: deepspeed --no_local_rank --module ultramem_ds VERB ..., or "

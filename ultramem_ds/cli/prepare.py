@@ -4,7 +4,12 @@ from __future__ import annotations
 
 import argparse
 import os
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+from ultramem_ds.cli.reading import add_input, add_reading_options, reading_options
+
+if TYPE_CHECKING:
+    from ultramem_ds.data.prepare import PrepareConfig
 
 
 def add_parser(subparsers: Any) -> None:
@@ -26,19 +31,38 @@ def add_parser(subparsers: Any) -> None:
         help="make a manifest for .bin/.idx pairs of other programs that lie in DIR (held-out ones "
         "in DIR/validation); nothing is tokenised",
     )
+    add_input(source)
     source.add_argument(
-        "--input",
+        "--add-validation",
         nargs="+",
-        metavar="PATH",
-        help=".jsonl, .json.gz, .jsonl.zst or .parquet files; directories, searched recursively; "
-        "SUBSET=PATH to name the subset; hf:OWNER/NAME[:CONFIG[:SPLIT]] for a Hugging Face dataset",
+        action="extend",
+        metavar="NAME=PATH",
+        help="tokenise PATH into the held-out subset NAME of the finished DIR, with its tokenizer; "
+        "everything else stays as it is",
     )
     parser.add_argument("--output", required=True, metavar="DIR", help="directory to fill")
     parser.add_argument(
         "--tokenizer",
-        required=True,
         metavar="FILE",
-        help="tokenizer.json, SentencePiece .model, or a Hugging Face model id",
+        help="tokenizer.json, SentencePiece .model, a directory with one, or a Hugging Face model "
+        "id",
+    )
+    parser.add_argument(
+        "--eod-token",
+        metavar="TOKEN",
+        help="token that ends every document (default: as tokenizer_config.json, "
+        "special_tokens_map.json or generation_config.json beside the tokenizer say)",
+    )
+    missing = parser.add_mutually_exclusive_group()
+    missing.add_argument(
+        "--add-eod",
+        action="store_true",
+        help="with --adopt: rewrite pairs so that every document ends in the end-of-text id",
+    )
+    missing.add_argument(
+        "--accept-no-eod",
+        action="store_true",
+        help="with --adopt: take documents without an end-of-text id as they are",
     )
     parser.add_argument(
         "--workers",
@@ -75,11 +99,6 @@ def add_parser(subparsers: Any) -> None:
         "counted and reported",
     )
     parser.add_argument(
-        "--text-key",
-        metavar="NAME",
-        help="column of the text (default: text, raw_content, content)",
-    )
-    parser.add_argument(
         "--max-bad-share",
         type=float,
         default=0.01,
@@ -88,17 +107,16 @@ def add_parser(subparsers: Any) -> None:
         "(default %(default)s)",
     )
     parser.add_argument(
-        "--max-line-mib",
-        type=float,
-        default=32.0,
-        metavar="F",
-        help="longer lines count as unusable (default %(default)s)",
+        "--strict",
+        action="store_true",
+        help="make an error of whatever would be skipped, ignored or lost",
     )
     parser.add_argument(
         "--overwrite",
         action="store_true",
         help="replace a finished DIR that was made from other inputs or options",
     )
+    add_reading_options(parser)
     parser.set_defaults(run=run)
 
 
@@ -106,37 +124,64 @@ def run(args: argparse.Namespace) -> int:
     """Prepare, and say what is there."""
     from ultramem_ds.data.inspect import describe
 
-    if not (_adopt(args) if args.adopt else _prepare(args)):
+    _check(args)
+    if args.adopt:
+        _adopt(args)
+    elif args.add_validation:
+        _add_validation(args)
+    elif not _prepare(args):
         print("this shard is finished; the last one to finish will merge")
         return 0
     print("\n".join(describe(args.output)))
     return 0
 
 
-def _adopt(args: argparse.Namespace) -> bool:
+def _check(args: argparse.Namespace) -> None:
+    """Options that go with some sources only."""
+    if args.tokenizer is None and not args.add_validation:
+        raise ValueError("--tokenizer is missing: the file that the text is tokenised with")
+    for name in ("add_eod", "accept_no_eod"):
+        if getattr(args, name) and not args.adopt:
+            raise ValueError(f"--{name.replace('_', '-')} is for --adopt")
+
+
+def _adopt(args: argparse.Namespace) -> None:
     from ultramem_ds.data.adopt import adopt
 
-    adopt(args.output, args.tokenizer)
-    return True
+    missing: Any = "add" if args.add_eod else "accept" if args.accept_no_eod else "refuse"
+    adopt(args.output, args.tokenizer, eod_token=args.eod_token, missing_eod=missing)
+
+
+def _add_validation(args: argparse.Namespace) -> None:
+    from ultramem_ds.data.added import add_validation
+
+    for text in args.add_validation:
+        add_validation(args.output, text, _config(args), tokenizer_path=args.tokenizer)
 
 
 def _prepare(args: argparse.Namespace) -> bool:
     """Whether everything is finished, other shards included."""
-    from ultramem_ds.data.prepare import PrepareConfig, prepare
+    from ultramem_ds.data.prepare import prepare
+
+    return prepare(args.input, args.output, args.tokenizer, _config(args)) is not None
+
+
+def _config(args: argparse.Namespace) -> PrepareConfig:
+    from ultramem_ds.data.prepare import PrepareConfig
     from ultramem_ds.data.sources import HELD_OUT
 
-    config = PrepareConfig(
+    return PrepareConfig(
         workers=args.workers,
         shard=args.shard,
         validation_share=args.validation_share,
         held_out=(*HELD_OUT, *args.held_out),
         drop_duplicates=args.drop_duplicates,
-        text_key=args.text_key,
+        reading=reading_options(args),
+        eod_token=args.eod_token,
         max_bad_share=args.max_bad_share,
-        max_line_bytes=int(args.max_line_mib * 2**20),
+        strict=args.strict,
         overwrite=args.overwrite,
     )
-    return prepare(args.input, args.output, args.tokenizer, config) is not None
 
 
 def _shard(text: str) -> tuple[int, int]:

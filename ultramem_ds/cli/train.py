@@ -64,6 +64,7 @@ def run(arguments: argparse.Namespace) -> int:
     """Check the run, then train."""
     from ultramem_ds.config.load import load_config
     from ultramem_ds.data.skips import parse_range
+    from ultramem_ds.harness.extra import require_lm_eval
     from ultramem_ds.train.dry_run import describe, dry_run
     from ultramem_ds.train.loop import train
     from ultramem_ds.train.run import prepare_run
@@ -92,5 +93,11 @@ def run(arguments: argparse.Namespace) -> int:
         if rank == 0:
             print(describe(dry_run(checked)))
         return 0
-    train(checked)
+    make_judge = None
+    if config.train.tasks:
+        require_lm_eval()
+        from ultramem_ds.harness.in_loop import LoopJudge
+
+        make_judge = LoopJudge
+    train(checked, make_judge)
     return 0

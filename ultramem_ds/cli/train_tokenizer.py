@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
+from ultramem_ds.cli.reading import add_input, add_reading_options, reading_options
+
 
 def add_parser(subparsers: Any) -> None:
     """Register the verb."""
@@ -15,9 +17,7 @@ def add_parser(subparsers: Any) -> None:
         "one, such as GPT-NeoX-20B's tokenizer.json.",
         epilog="example: train-tokenizer --input corpus/ --output tokenizer.json --vocab-size 8192",
     )
-    parser.add_argument(
-        "--input", nargs="+", required=True, metavar="PATH", help="as for `prepare`"
-    )
+    add_input(parser, required=True)
     parser.add_argument(
         "--output", required=True, metavar="FILE", help="file to write, or a directory"
     )
@@ -37,6 +37,7 @@ def add_parser(subparsers: Any) -> None:
         metavar="F",
         help="text to train on, spread evenly over the inputs' parts (default %(default)s)",
     )
+    add_reading_options(parser)
     parser.set_defaults(run=run)
 
 
@@ -50,6 +51,7 @@ def run(args: argparse.Namespace) -> int:
         kind=args.kind,
         vocab_size=args.vocab_size,
         max_bytes=int(args.max_mib * 2**20),
+        reading=reading_options(args),
     )
     print(f"{path}: {tokenizer.vocab_size:,} entries, end of text {tokenizer.eos_id}")
     return 0

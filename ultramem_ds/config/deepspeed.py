@@ -131,7 +131,7 @@ def engine_config(values: dict[str, Any], config: Config, batches: BatchPlan) ->
         "zero_force_ds_cpu_optimizer": offload_device(values) != "none",
         **values,
         **ours,
-        "gradient_clipping": config.optim.clip_grad,
+        "gradient_clipping": 0.0,  # zero/gate.py clips
         "bf16": {**values.get("bf16", {}), "enabled": bf16},
         "data_types": {**values.get("data_types", {}), "grad_accum_dtype": "fp32"},
     }

@@ -69,6 +69,16 @@ def idx_path(prefix: Path) -> Path:
     return prefix.with_name(prefix.name + ".idx")
 
 
+def mask_path(prefix: Path) -> Path:
+    """``PREFIX.mask.bin``: a uint8 for every id of ``PREFIX.bin``, 1 if it counts as a target."""
+    return prefix.with_name(prefix.name + ".mask.bin")
+
+
+def open_mask(prefix: Path) -> npt.NDArray[np.uint8]:
+    """The mask of a pair, through a memory map."""
+    return np.memmap(mask_path(prefix), dtype=np.uint8, mode="r")
+
+
 def write_index(
     path: Path, dtype: np.dtype[Any], num_documents: int, lengths: Iterable[IntArray]
 ) -> None:
@@ -278,6 +288,18 @@ class IndexedDataset:
                     f"{bin_path(self.prefix)} has token id {low if low < 0 else high}, outside the "
                     f"tokenizer's {vocab_size} entries: it was made with another tokenizer"
                 )
+
+    def num_not_ending_in(self, token: int, block: int = 1 << 20) -> int:
+        """Documents, in the sense of the document index, whose last id is not ``token``."""
+        count = 0
+        for begin in range(0, len(self.document_index) - 1, block):
+            edges = np.array(self.document_index[begin : begin + block + 1], dtype=np.int64)
+            last = edges[1:] - 1  # sequence
+            last = last[edges[1:] > edges[:-1]]
+            ends = np.array(self.offsets[last]) // self.dtype.itemsize + self.lengths[last]
+            filled = np.array(self.lengths[last]) > 0
+            count += len(edges) - 1 - int((self._ids[ends[filled] - 1] == token).sum())
+        return count
 
     def check_layout(self, block: int = 1 << 20) -> None:
         """Read the whole index.

@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
+from ultramem_ds.data.account import Account
 from ultramem_ds.data.indexed import IndexedDataset
 from ultramem_ds.data.manifest import Manifest, load_manifest, prefix_of
 from ultramem_ds.data.mixture import default_weights
 from ultramem_ds.data.permutation import Permutation
+from ultramem_ds.data.same_tokenizer import data_tokenizer
 from ultramem_ds.data.tokenizers import load_tokenizer
 from ultramem_ds.data.units import Split
 
@@ -60,7 +62,27 @@ def describe(data_dir: str | Path) -> list[str]:
             )
     bad = ", ".join(f"{count:,} x {reason}" for reason, count in manifest.bad_records.items())
     lines.append(f"{manifest.records:,} records read; unusable: {bad or 'none'}")
-    return lines + describe_duplicates(manifest)
+    if manifest.account:
+        lines += Account(**manifest.account).describe()
+    unended = sum(info.unended for info in manifest.subsets)
+    if unended:
+        lines.append(f"{unended:,} adopted documents do not end in the end-of-text id")
+    return lines + describe_duplicates(manifest) + _describe_added(manifest)
+
+
+def _describe_added(manifest: Manifest) -> list[str]:
+    """Subsets of ``--add-validation``, and what training shares with them."""
+    lines = []
+    for name, added in manifest.added.items():
+        lines.append(f"validation/{name} was added later:")
+        lines += [f"  {line}" for line in Account(**added["account"]).describe()]
+        for shared in added["shared"]:
+            warning = "warning: " if shared["groups"][1].startswith("train/") else ""
+            where = " and ".join(shared["groups"])
+            lines.append(f"  {warning}{shared['texts']:,} texts occur in {where}")
+        if not added["shared"]:
+            lines.append("  none of its texts occurs in another pair")
+    return lines
 
 
 def sample_texts(
@@ -91,11 +113,19 @@ def verify(data_dir: str | Path) -> None:
         ValueError: naming the first pair at fault.
     """
     manifest = load_manifest(data_dir)
+    eos_id = data_tokenizer(data_dir).eos_id
     for info in manifest.subsets:
         dataset = IndexedDataset(prefix_of(Path(data_dir), info.group))
         if len(dataset) != info.documents:
             raise ValueError(f"{dataset.prefix}: {len(dataset)} documents, not {info.documents}")
         dataset.check_layout()
         dataset.check_ids(manifest.tokenizer.vocab_size)
+        unended = dataset.num_not_ending_in(eos_id)
+        if unended != info.unended:
+            raise ValueError(
+                f"{dataset.prefix}: {unended:,} documents do not end in the end-of-text id "
+                f"{eos_id}, the manifest knows of {info.unended:,}; adopt the pair anew (`prepare "
+                "--adopt` with --add-eod or --accept-no-eod, without the manifest)"
+            )
         if dataset.sha256() != info.sha256:
             raise ValueError(f"{dataset.prefix}.bin is not what `prepare` wrote")

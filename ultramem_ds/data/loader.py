@@ -17,24 +17,14 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
-from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from ultramem_ds.data.indexed import id_dtype
+from ultramem_ds.data.micro_batch import NO_BOUNDARIES, Boundaries, MicroBatch
 from ultramem_ds.data.mixture import Mixture
 from ultramem_ds.data.skips import NO_SKIPS, SkipRanges
 
 # Letters: b sequences of a micro-batch, S sequence length, G global batch, P ranks.
-
-
-@dataclass(frozen=True)
-class MicroBatch:
-    """What one forward of one rank consumes."""
-
-    tokens: Tensor  # (b, S+1) int64; inputs are [:, :-1], targets [:, 1:]
-    sample_ids: tuple[int, ...]  # global samples, b of them
-    doc_ids: Tensor | None = None  # (b, S) int64, equal where positions share a document
-    positions: Tensor | None = None  # (b, S) int64, counted from the document's start
 
 
 class BatchLoader:
@@ -49,8 +39,7 @@ class BatchLoader:
         start_step: first optimizer step; the state of a run is this number.
         num_workers: prefetching processes; 0 loads in the calling process.
         prefetch: micro-batches each worker keeps ready.
-        document_mask: give ``doc_ids``.
-        reset_positions: give ``positions``.
+        boundaries: what to say of documents.
         skips: global samples to jump over.
 
     Raises:
@@ -68,8 +57,7 @@ class BatchLoader:
         start_step: int = 0,
         num_workers: int = 1,
         prefetch: int = 4,
-        document_mask: bool = False,
-        reset_positions: bool = False,
+        boundaries: Boundaries = NO_BOUNDARIES,
         skips: SkipRanges = NO_SKIPS,
     ) -> None:
         if global_batch_size % (micro_batch_size * world_size):
@@ -79,10 +67,9 @@ class BatchLoader:
             )
         assert 0 <= rank < world_size, (rank, world_size)
         self.micro_batches_per_step = global_batch_size // (micro_batch_size * world_size)
-        self._document_mask = document_mask
-        self._reset_positions = reset_positions
+        self._boundaries = boundaries
         self._loader: DataLoader[_Arrays] = DataLoader(
-            _Samples(mixture, with_starts=document_mask or reset_positions),
+            _Samples(mixture, with_starts=boundaries.needed),
             sampler=_Order(
                 global_batch_size, micro_batch_size, rank, world_size, start_step, skips
             ),
@@ -104,17 +91,10 @@ class BatchLoader:
     def __iter__(self) -> Iterator[MicroBatch]:
         self._iterator = iter(self._loader)
         while not self._closed:
-            yield self._micro_batch(next(self._iterator))
-
-    def _micro_batch(self, arrays: _Arrays) -> MicroBatch:
-        tokens = torch.from_numpy(arrays.ids_bS1.astype(np.int64))
-        doc_ids = positions = None
-        if arrays.starts_bS is not None:
-            starts_bS = torch.from_numpy(arrays.starts_bS.astype(np.int64))
-            doc_ids = starts_bS if self._document_mask else None
-            if self._reset_positions:
-                positions = torch.arange(starts_bS.shape[1]) - starts_bS
-        return MicroBatch(tokens, arrays.sample_ids, doc_ids, positions)
+            arrays = next(self._iterator)
+            yield self._boundaries.micro_batch(
+                arrays.ids_bS1, arrays.sample_ids, arrays.starts_bS, arrays.mask_bS
+            )
 
     def close(self) -> None:
         """Stop the workers; an iteration in progress ends."""
@@ -177,6 +157,7 @@ class _Arrays:
     sample_ids: tuple[int, ...]
     ids_bS1: npt.NDArray[Any]  # uint16 or int32
     starts_bS: npt.NDArray[np.int32] | None
+    mask_bS: npt.NDArray[np.uint8] | None
 
 
 def _unchanged(arrays: Any) -> Any:
@@ -196,5 +177,8 @@ class _Samples(Dataset[_Arrays]):
         if self._with_starts:
             starts = [self._mixture.document_starts(index) for index in sample_ids]
             starts_bS = np.stack(starts).astype(np.int32)
+        mask_bS = None
+        if self._mixture.masked:
+            mask_bS = np.stack([self._mixture.loss_mask(index) for index in sample_ids])
         dtype = id_dtype(self._mixture.vocab_size)
-        return _Arrays(tuple(sample_ids), ids_bS1.astype(dtype), starts_bS)
+        return _Arrays(tuple(sample_ids), ids_bS1.astype(dtype), starts_bS, mask_bS)

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from ultramem_ds.data.indexed import bin_path, idx_path
+from ultramem_ds.data.indexed import bin_path, idx_path, mask_path
 from ultramem_ds.data.units import Group, Split
 from ultramem_ds.utils.files import read_json, write_json
 
@@ -33,6 +33,9 @@ class SubsetInfo:
     eos_id: int
     source_files: tuple[str, ...]
     fingerprint: str  # of the preparation the pair belongs to
+    masked: bool = False  # PREFIX.mask.bin says which ids count as targets
+    answer_tokens: int = 0  # that do
+    unended: int = 0  # documents that do not end in the end-of-text id (adopted ones)
 
     @property
     def group(self) -> Group:
@@ -67,6 +70,8 @@ class Manifest:
     records: int  # read, bad ones included
     bad_records: Mapping[str, int]  # reason -> records skipped
     duplicates: Mapping[str, Any]
+    account: Mapping[str, Any] = field(default_factory=dict)  # of the inputs' files
+    added: Mapping[str, Any] = field(default_factory=dict)  # held-out subsets that came later
 
     def of_split(self, split: Split) -> dict[str, SubsetInfo]:
         """Subsets that have documents in ``split``, by name, in order of name."""
@@ -97,7 +102,12 @@ def is_complete(data_dir: Path, info: SubsetInfo) -> bool:
         idx_path(prefix).is_file()
         and bin_path(prefix).is_file()
         and bin_path(prefix).stat().st_size == info.tokens * itemsize
+        and (not info.masked or _size(mask_path(prefix)) == info.tokens)
     )
+
+
+def _size(path: Path) -> int:
+    return path.stat().st_size if path.is_file() else -1
 
 
 def load_sidecar(prefix: Path) -> SubsetInfo | None:

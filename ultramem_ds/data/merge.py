@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import hashlib
+import os
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import cast
 
 import numpy as np
+import numpy.typing as npt
 
 from ultramem_ds.data.duplicates import BoolArray, Duplicates, HashFile, find_duplicates
-from ultramem_ds.data.indexed import IntArray, bin_path, id_dtype, idx_path, write_index
+from ultramem_ds.data.indexed import IntArray, bin_path, id_dtype, idx_path, mask_path, write_index
 from ultramem_ds.data.manifest import (
     SubsetInfo,
     is_complete,
@@ -19,9 +23,9 @@ from ultramem_ds.data.manifest import (
     prefix_of,
     sidecar_path,
 )
-from ultramem_ds.data.sources import Unit
 from ultramem_ds.data.tokenizers import Tokenizer
-from ultramem_ds.data.units import Counts, Group, Split, UnitSummary, part_path
+from ultramem_ds.data.unit import Unit
+from ultramem_ds.data.units import MASK_PART, Counts, Group, Split, UnitSummary, part_path
 from ultramem_ds.utils.files import atomic_file, write_json
 
 _COPY_TOKENS = 8 << 20  # ids copied at once
@@ -54,15 +58,15 @@ class Part:
         return cast(IntArray, np.fromfile(self.path("lengths"), dtype=np.int32)[self.keep])
 
     def counts(self) -> Counts:
-        """Size of the kept documents."""
+        """Size of the kept documents, answers apart."""
         sizes = np.fromfile(self.path("sizes"), dtype=np.int32)[self.keep]
         return Counts(
             documents=len(sizes), tokens=int(self.lengths().sum()), text_bytes=int(sizes.sum())
         )
 
-    def tokens(self, dtype: np.dtype[np.generic]) -> Iterator[IntArray]:
-        """Ids of the kept documents, in blocks."""
-        ids = np.memmap(self.path("tokens"), dtype=dtype, mode="r")
+    def of_tokens(self, suffix: str, dtype: npt.DTypeLike) -> Iterator[IntArray]:
+        """Elements of the kept documents' tokens (``tokens`` or the mask), in blocks."""
+        ids = np.memmap(self.path(suffix), dtype=dtype, mode="r")
         ends = np.cumsum(np.fromfile(self.path("lengths"), dtype=np.int32), dtype=np.int64)
         starts = np.concatenate([[0], ends])
         # Runs of kept documents: a run begins or ends wherever keep changes.
@@ -130,6 +134,24 @@ def mark_duplicates(
     return found, marked
 
 
+@contextlib.contextmanager
+def merge_lock(staging: Path) -> Iterator[bool]:
+    """Whether this process is the one that may merge; the lock goes with the process."""
+    try:
+        file = os.open(staging / "merge.lock", os.O_CREAT | os.O_RDWR)
+    except FileNotFoundError:  # staging is gone: another process has merged and cleaned up
+        staging.mkdir(parents=True, exist_ok=True)
+        file = os.open(staging / "merge.lock", os.O_CREAT | os.O_RDWR)
+    try:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            yield True
+        except BlockingIOError:
+            yield False
+    finally:
+        os.close(file)
+
+
 def merged(output: Path, group: Group, fingerprint: str) -> SubsetInfo | None:
     """Sidecar of a pair already merged by this very preparation, or None."""
     info = load_sidecar(prefix_of(output, group))
@@ -154,7 +176,8 @@ def merge_group(
     if done is None:
         done = _merge(output, group, parts, tokenizer, fingerprint)
     for part in parts:
-        part.path("tokens").unlink(missing_ok=True)
+        for suffix in (MASK_PART, "tokens"):
+            part.path(suffix).unlink(missing_ok=True)
     return done
 
 
@@ -166,16 +189,25 @@ def _merge(
     dtype = id_dtype(tokenizer.vocab_size)
     total = Counts()
     digest = hashlib.sha256()
+    for part in parts:
+        total.add(part.counts())
+    masked = any(part.path(MASK_PART).is_file() for part in parts)
+    if masked:
+        with atomic_file(mask_path(prefix)) as out:
+            for part in parts:
+                for block in part.of_tokens(MASK_PART, np.uint8):
+                    total.answer_tokens += int(block.sum())
+                    out.write(block.data)
     with atomic_file(bin_path(prefix)) as out:
         for part in parts:
-            total.add(part.counts())
-            for block in part.tokens(dtype):
+            for block in part.of_tokens("tokens", dtype):
                 digest.update(block.data)
                 out.write(block.data)
     write_index(idx_path(prefix), dtype, total.documents, _Lengths(parts))
     info = SubsetInfo(
         subset=group[1],
         split=cast(Split, group[0]),
+        masked=masked,
         **asdict(total),
         dtype=str(dtype),
         sha256=digest.hexdigest(),

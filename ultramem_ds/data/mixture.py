@@ -9,8 +9,7 @@ so that opening, jumping to any sample and 10^9 documents cost nothing:
    Within a block the k-th of a subset's q draws lies at a random place in [k/q, (k+1)/q) of the
    block, so that every prefix keeps the proportions within a few samples.
 2. Which sequence is the k-th draw of a subset? Epoch k // n, and in it a seeded permutation of
-the n
-   sequences: every sequence exactly once per epoch.
+   the n sequences: every sequence exactly once per epoch.
 
 Everything is a function of (dataset, weights, S, seed): the state of a run is the number of
 consumed samples, whatever the number of ranks and workers.
@@ -29,8 +28,9 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from ultramem_ds.data.indexed import IndexedDataset
+from ultramem_ds.data.indexed import IndexedDataset, open_mask
 from ultramem_ds.data.manifest import Manifest, SubsetInfo, load_manifest, prefix_of
+from ultramem_ds.data.micro_batch import document_starts
 from ultramem_ds.data.permutation import Permutation, stable_hash
 from ultramem_ds.data.sources import REDPAJAMA_WEIGHTS
 from ultramem_ds.data.units import Split
@@ -125,6 +125,10 @@ class Mixture:
             IndexedDataset(prefix_of(Path(data_dir), (split, name)), random_access=True)
             for name in self.subsets
         ]
+        self._masks = [
+            open_mask(prefix_of(Path(data_dir), infos[name].group)) if infos[name].masked else None
+            for name in self.subsets
+        ]
         self.num_sequences = {
             name: num_sequences(dataset.num_tokens, seq_len)
             for name, dataset in zip(self.subsets, self._datasets)
@@ -135,6 +139,7 @@ class Mixture:
             "tokenizer": manifest.tokenizer.hash,
             "subsets": [
                 [name, infos[name].tokens, infos[name].sha256, quotas[name]]
+                + [infos[name].answer_tokens] * infos[name].masked
                 for name in self.subsets
             ],
         }
@@ -175,11 +180,21 @@ class Mixture:
         """
         location = self.locate(index)
         begin = location.sequence * self.seq_len
-        dataset = self._datasets[location.subset]
-        starts = dataset.document_starts(begin, begin + self.seq_len) - begin
-        starts_S = np.zeros(self.seq_len, dtype=np.int64)
-        starts_S[starts] = starts
-        return np.maximum.accumulate(starts_S)
+        return document_starts(self._datasets[location.subset], begin, self.seq_len)
+
+    @property
+    def masked(self) -> bool:
+        """Whether some subset says which targets count."""
+        return any(mask is not None for mask in self._masks)
+
+    def loss_mask(self, index: int) -> npt.NDArray[np.uint8]:
+        """(S,) 1 for the targets of sample ``index`` that count, all of them in plain text."""
+        location = self.locate(index)
+        begin = location.sequence * self.seq_len + 1
+        mask = self._masks[location.subset]
+        if mask is None:
+            return np.ones(self.seq_len, np.uint8)
+        return np.array(mask[begin : begin + self.seq_len])
 
     def subset_of(self, index: int) -> str:
         """Name of the subset that global sample ``index`` is drawn from."""

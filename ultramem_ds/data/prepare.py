@@ -10,18 +10,20 @@ same, byte for byte, for any number of workers, shards and interruptions.
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import hashlib
 import json
 import logging
-import os
 import shutil
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from itertools import islice
 from pathlib import Path
 
-from ultramem_ds.data.indexed import bin_path, idx_path
+from ultramem_ds.data.account import Account, account_of, complaints_of, write_bad_records
+from ultramem_ds.data.bad_records import STRICT, BadRecordLimit, BadRecordWatch
+from ultramem_ds.data.indexed import bin_path, id_dtype, idx_path, mask_path
 from ultramem_ds.data.manifest import (
     FORMAT_VERSION,
     MANIFEST_NAME,
@@ -36,25 +38,27 @@ from ultramem_ds.data.merge import (
     Part,
     mark_duplicates,
     merge_group,
+    merge_lock,
     merged,
     parts_of,
 )
-from ultramem_ds.data.readers import DEFAULT_MAX_LINE_BYTES
-from ultramem_ds.data.sources import HELD_OUT, Unit, find_units
+from ultramem_ds.data.options import ReadOptions
+from ultramem_ds.data.readers import Document, read_unit
+from ultramem_ds.data.sources import HELD_OUT, Survey, survey
+from ultramem_ds.data.tokenizer_losses import LossCounter, changed_by_decoding
 from ultramem_ds.data.tokenizers import Tokenizer, load_tokenizer
+from ultramem_ds.data.unit import Unit
 from ultramem_ds.data.units import Group, UnitOptions, UnitSummary, part_path, read_summary
 from ultramem_ds.data.workers import run_units
-from ultramem_ds.utils.files import TEMPORARY_SUFFIX, atomic_file
+from ultramem_ds.utils.files import TEMPORARY_SUFFIX
 
 logger = logging.getLogger(__name__)
 
 STAGING_DIRECTORY = ".staging"
 BAD_RECORDS_NAME = "bad_records.jsonl"
-_FREE_BAD_RECORDS = 20  # always tolerated, whatever the share
-_WARNINGS = 20  # bad records named on the console; the rest are in BAD_RECORDS_NAME
-# Work stops early when even this many times as many records per byte in the rest of the input
-# could not bring the share of bad records below the limit.
-_HOPE = 10.0
+_SAMPLED_UNITS = 16  # looked at before the work begins, for what the tokenizer loses
+_SAMPLED_DOCUMENTS = 8  # of each
+_SAMPLED_CHARACTERS = 2000  # of each
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,9 +70,10 @@ class PrepareConfig:
     validation_share: float = 0.005  # of the documents, chosen by content hash
     held_out: tuple[str, ...] = HELD_OUT  # subsets that go to validation whole
     drop_duplicates: bool = False  # keep only the first of equal documents
-    text_key: str | None = None  # column of the text; None = text, raw_content or content
+    reading: ReadOptions = field(default_factory=ReadOptions)
+    eod_token: str | None = None  # ends every document; None = as the tokenizer's files say
     max_bad_share: float = 0.01  # of the records that may be unusable
-    max_line_bytes: int = DEFAULT_MAX_LINE_BYTES  # longer lines are bad records
+    strict: bool = False  # whatever is skipped, ignored or lost is an error
     overwrite: bool = False  # replace a finished directory made from other inputs or options
 
     def __post_init__(self) -> None:
@@ -81,8 +86,11 @@ class PrepareConfig:
             raise ValueError(f"validation share {self.validation_share} must be in [0, 1)")
         if not 0 <= self.max_bad_share <= 1:
             raise ValueError(f"maximum share of bad records {self.max_bad_share} must be in [0, 1]")
-        if self.max_line_bytes < 1:
-            raise ValueError("the longest line must have at least one byte")
+
+    @property
+    def bad_record_limit(self) -> BadRecordLimit:
+        """How many unusable records are tolerated."""
+        return STRICT if self.strict else BadRecordLimit(self.max_bad_share)
 
     @property
     def unit_options(self) -> UnitOptions:
@@ -90,9 +98,20 @@ class PrepareConfig:
         return UnitOptions(
             validation_share=self.validation_share,
             held_out=tuple(sorted(self.held_out)),
-            text_key=self.text_key,
-            max_line_bytes=self.max_line_bytes,
+            reading=self.reading,
         )
+
+    def described(self, tokenizer: Tokenizer) -> list[object]:
+        """All that decides the content of a unit beside its input, in plain form."""
+        reading = self.reading.content
+        known: dict[str, object] = {
+            "validation_share": self.validation_share,
+            "held_out": tuple(sorted(self.held_out)),
+            "text_key": self.reading.text_key,
+            "max_line_bytes": self.reading.max_line_bytes,
+        }
+        eos = [tokenizer.eos_id] if tokenizer.eos_from else []
+        return [FORMAT_VERSION, tokenizer.hash, reading | known, *eos]
 
 
 class _Preparation:
@@ -104,14 +123,18 @@ class _Preparation:
         self.inputs = tuple(map(str, inputs))
         self.output = output
         self.config = config
-        self.tokenizer_path = tokenizer_path
-        self.tokenizer: Tokenizer = load_tokenizer(tokenizer_path)
-        self.units = find_units(inputs)
-        options = [FORMAT_VERSION, self.tokenizer.hash, asdict(config.unit_options)]
+        self.load_tokenizer = partial(load_tokenizer, tokenizer_path, config.eod_token)
+        self.tokenizer: Tokenizer = self.load_tokenizer()
+        own = {output.resolve(): "the output directory"}
+        if Path(tokenizer_path).is_file():
+            own[Path(tokenizer_path).resolve()] = "the tokenizer"
+        self.found = survey(inputs, config.reading, own)
+        self.units = self.found.units
+        options = config.described(self.tokenizer)
         plan = [[unit.subset, unit.name, unit.size, unit.begin, unit.end] for unit in self.units]
-        self.fingerprint = _hash([options, config.drop_duplicates, plan])
+        self.fingerprint = hash_of([options, config.drop_duplicates, plan])
         # Units are shared between plans that differ only in their inputs.
-        self.staging = output / STAGING_DIRECTORY / _hash(options)[:16]
+        self.staging = output / STAGING_DIRECTORY / hash_of(options)[:16]
 
     def directory(self, unit: Unit) -> Path:
         """Where a unit's parts lie."""
@@ -137,8 +160,8 @@ class _Preparation:
         (self.output / MANIFEST_NAME).unlink()
         for info in manifest.subsets:
             prefix = prefix_of(self.output, info.group)
-            for path in (sidecar_path(prefix), idx_path(prefix), bin_path(prefix)):
-                path.unlink(missing_ok=True)
+            for path_of in (sidecar_path, idx_path, mask_path, bin_path):
+                path_of(prefix).unlink(missing_ok=True)
         return None
 
     def clean_up(self) -> None:
@@ -180,16 +203,20 @@ def prepare(
         The manifest, or None when other shards have still units to do.
 
     Raises:
-        ValueError: for unusable input, too many bad records, or an output of another plan.
+        ValueError: for unusable input, too many bad records, or an output of another plan; with
+            ``config.strict``, for whatever would be skipped or lost.
         OSError: if the disk is full or something cannot be accessed. What is finished stays valid.
     """
     config = config or PrepareConfig()
     output = Path(output)
     plan = _Preparation([str(path) for path in inputs], output, str(tokenizer), config)
+    say_skipped(plan.found, strict=config.strict)
     output.mkdir(parents=True, exist_ok=True)
     manifest = plan.finished_manifest()
     if manifest is not None:
         logger.info("%s is already prepared", output)
+        if config.strict:
+            _be_strict(Account(**manifest.account), Counter(manifest.bad_records))
         plan.clean_up()
         return manifest
     plan.staging.mkdir(parents=True, exist_ok=True)
@@ -197,75 +224,67 @@ def prepare(
     return _merge_if_finished(plan)
 
 
+def say_skipped(found: Survey, *, strict: bool) -> None:
+    """Warn about what will not be read, before the work begins; an error if it must not be."""
+    complaints = complaints_of(found)
+    if complaints and strict:
+        raise ValueError(f"--strict: {'; '.join(complaints)}")
+    for complaint in complaints:
+        logger.warning("not read: %s", complaint)
+
+
+def _be_strict(account: Account, bad: Counter[str]) -> None:
+    STRICT.check(bad, account.documents + bad.total())
+    if account.complaints:
+        raise ValueError(f"--strict: {'; '.join(account.complaints)}")
+
+
+def _try_tokenizer(plan: _Preparation, units: Sequence[Unit]) -> None:
+    """Say what the tokenizer loses on the first documents of some units.
+
+    Raises:
+        ValueError: if that must not be.
+    """
+    step = max(1, len(units) // _SAMPLED_UNITS)
+    texts = [
+        record.text[:_SAMPLED_CHARACTERS]
+        for unit in units[::step]
+        for record in islice(read_unit(unit, plan.config.reading), _SAMPLED_DOCUMENTS)
+        if isinstance(record, Document)
+    ]
+    tokenizer = plan.tokenizer
+    ids, _ = tokenizer.encode_documents(texts, id_dtype(tokenizer.vocab_size))
+    lost = LossCounter(tokenizer).count(texts, ids).describe()
+    if lost and plan.config.strict:
+        raise ValueError(f"--strict: in a sample of {len(texts)} documents {'; '.join(lost)}")
+    changed = changed_by_decoding(tokenizer, texts)
+    if changed and not lost:
+        lost = [f"{len(changed)} do not come back from their tokens as they were"]
+    for line in lost:
+        logger.warning("in a sample of %d documents %s", len(texts), line)
+
+
 def _run_own_units(plan: _Preparation) -> None:
     index, count = plan.config.shard
     own = [unit for k, unit in enumerate(plan.units) if k % count == index % count]
     summaries = {unit: plan.finished(unit) for unit in own}
-    watch = _BadRecordWatch(plan.config, sum(unit.num_bytes for unit in own))
+    watch = BadRecordWatch(plan.config.bad_record_limit, sum(unit.num_bytes for unit in own))
     for unit, summary in summaries.items():
         if summary is not None:
             watch.add(unit, summary)
     todo = [(unit, plan.directory(unit)) for unit, summary in summaries.items() if summary is None]
     if todo:
+        _try_tokenizer(plan, [unit for unit, _ in todo])
         jobs = run_units(
-            todo, plan.tokenizer_path, plan.config.unit_options, workers=plan.config.workers
+            todo, plan.load_tokenizer, plan.config.unit_options, workers=plan.config.workers
         )
         with contextlib.closing(jobs):
             for unit, summary in jobs:
                 watch.add(unit, summary)
 
 
-class _BadRecordWatch:
-    """Names bad records as they are found and gives up on hopeless inputs."""
-
-    def __init__(self, config: PrepareConfig, total_bytes: int) -> None:
-        self._config = config
-        self._total_bytes = total_bytes
-        self._done_bytes = 0
-        self._records = 0
-        self._bad: Counter[str] = Counter()
-        self._warnings = 0
-
-    def add(self, unit: Unit, summary: UnitSummary) -> None:
-        """Count a finished unit.
-
-        Raises:
-            ValueError: if the limit on bad records can hardly be kept any more.
-        """
-        for offset, reason in summary.reports[: _WARNINGS - self._warnings]:
-            logger.warning("skipped %s at %d: %s", unit.path, offset, reason)
-            self._warnings += 1
-        self._done_bytes += unit.num_bytes
-        self._records += summary.num_records
-        self._bad.update(summary.bad)
-        rest = self._total_bytes / max(self._done_bytes, 1) - 1
-        hoped = self._records * _HOPE * rest
-        check_bad_records(self._bad, self._records, self._config, still_to_come=hoped)
-
-
-def check_bad_records(
-    bad: Counter[str], num_records: int, config: PrepareConfig, *, still_to_come: float = 0.0
-) -> None:
-    """Raise ValueError if more records are bad than the configuration allows.
-
-    Args:
-        bad: bad records by reason.
-        num_records: records read.
-        config: has the allowed share.
-        still_to_come: good records to assume beyond those read.
-    """
-    num_bad = sum(bad.values())
-    if num_bad > max(_FREE_BAD_RECORDS, config.max_bad_share * (num_records + still_to_come)):
-        reasons = ", ".join(f"{count} x {reason}" for reason, count in bad.most_common())
-        raise ValueError(
-            f"{num_bad} of the {num_records} records read are unusable ({reasons}), more than "
-            f"{config.max_bad_share:.2%} of all and {_FREE_BAD_RECORDS}. Check the input, or raise "
-            "--max-bad-share"
-        )
-
-
 def _merge_if_finished(plan: _Preparation) -> Manifest | None:
-    with _merge_lock(plan.staging) as locked:
+    with merge_lock(plan.staging) as locked:
         if not locked:
             logger.info("another process is merging %s", plan.output)
             return None
@@ -289,12 +308,16 @@ def _merge(plan: _Preparation, units: Sequence[FinishedUnit]) -> Manifest:
     for unit in units:
         bad.update(unit.summary.bad)
     num_records = sum(unit.summary.num_records for unit in units)
-    check_bad_records(bad, num_records, plan.config)
+    plan.config.bad_record_limit.check(bad, num_records)
+    account = account_of(plan.found, units)
+    if plan.config.strict:
+        _be_strict(account, bad)
     parts = parts_of(units, plan.config.held_out)
     if not parts:
         raise ValueError(
-            f"{' '.join(plan.inputs)}: no document with text in {num_records} records; inputs are "
-            ".jsonl, .json.gz, .jsonl.zst or .parquet files with a text column"
+            f"{' '.join(plan.inputs)}: no document with text in {num_records} records"
+            + "".join(f", {count} x {reason}" for reason, count in bad.most_common(3))
+            + "; records need a text column (--text-key, --format)"
         )
     _remove_stale_temporaries(plan.output)
     duplicates, parts = mark_duplicates(
@@ -308,7 +331,7 @@ def _merge(plan: _Preparation, units: Sequence[FinishedUnit]) -> Manifest:
         merge_group(plan.output, group, by_group[group], plan.tokenizer, plan.fingerprint)
         for group in sorted(by_group)
     ]
-    _write_bad_records(plan.output / BAD_RECORDS_NAME, units)
+    write_bad_records(plan.output / BAD_RECORDS_NAME, units)
     plan.tokenizer.save(plan.output)
     manifest = Manifest(
         version=FORMAT_VERSION,
@@ -324,20 +347,10 @@ def _merge(plan: _Preparation, units: Sequence[FinishedUnit]) -> Manifest:
         records=num_records,
         bad_records=dict(sorted(bad.items())),
         duplicates=duplicates.to_json(dropped=plan.config.drop_duplicates),
+        account=account.to_json(),
     )
     manifest.save(plan.output)
     return manifest
-
-
-def _write_bad_records(path: Path, units: Sequence[FinishedUnit]) -> None:
-    """One line per bad record (the first ones of each unit): file, offset, reason."""
-    lines = [
-        json.dumps({"file": unit.unit.name, "offset": offset, "reason": reason}) + "\n"
-        for unit in units
-        for offset, reason in unit.summary.reports
-    ]
-    with atomic_file(path) as out:
-        out.write("".join(lines).encode())
 
 
 def _remove_stale_temporaries(output: Path) -> None:
@@ -347,23 +360,6 @@ def _remove_stale_temporaries(output: Path) -> None:
             path.unlink(missing_ok=True)
 
 
-@contextlib.contextmanager
-def _merge_lock(staging: Path) -> Iterator[bool]:
-    """Whether this process is the one that may merge; the lock goes with the process."""
-    try:
-        file = os.open(staging / "merge.lock", os.O_CREAT | os.O_RDWR)
-    except FileNotFoundError:  # staging is gone: another process has merged and cleaned up
-        staging.mkdir(parents=True, exist_ok=True)
-        file = os.open(staging / "merge.lock", os.O_CREAT | os.O_RDWR)
-    try:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            yield True
-        except BlockingIOError:
-            yield False
-    finally:
-        os.close(file)
-
-
-def _hash(value: object) -> str:
+def hash_of(value: object) -> str:
+    """SHA-256 of a plain value, hexadecimal."""
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()

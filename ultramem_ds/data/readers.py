@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-import gzip
-import io
-import json
-import os
-import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, BinaryIO, TypeAlias, cast
+from typing import Any, TypeAlias
 
-from ultramem_ds.data.sources import Unit, canonical_subset
+from ultramem_ds.data.answers import Segment, segments_of
+from ultramem_ds.data.options import ReadOptions
+from ultramem_ds.data.sources import canonical_subset
+from ultramem_ds.data.streams import json_values, lines_between, open_unit, values_of
+from ultramem_ds.data.unit import Unit
 
 # Columns that hold a document's text, in order of preference; RedPajama-V2 has raw_content.
 TEXT_KEYS = ("text", "raw_content", "content")
-DEFAULT_MAX_LINE_BYTES = 32 << 20
-_BLOCK_BYTES = 1 << 20
+_BOM = b"\xef\xbb\xbf"
 
 
 @dataclass(frozen=True)
@@ -26,6 +24,7 @@ class Document:
     text: str
     subset: str
     data: bytes  # the text as UTF-8
+    segments: tuple[Segment, ...] = ()  # of prompts and answers; empty for plain text
 
 
 @dataclass(frozen=True)
@@ -36,61 +35,158 @@ class BadRecord:
     reason: str
 
 
-Record: TypeAlias = Document | BadRecord
+@dataclass(frozen=True)
+class Remark:
+    """Something about the file that is worth saying."""
+
+    text: str
 
 
-def read_unit(
-    unit: Unit, *, text_key: str | None = None, max_line_bytes: int = DEFAULT_MAX_LINE_BYTES
-) -> Iterator[Record]:
+Record: TypeAlias = Document | BadRecord | Remark
+
+
+def read_unit(unit: Unit, options: ReadOptions | None = None) -> Iterator[Record]:
     """Yield the records of ``unit`` in order.
 
-    Args:
-        unit: what to read.
-        text_key: the column of the text; None looks for :data:`TEXT_KEYS`.
-        max_line_bytes: longer lines are bad records and are never held in memory.
-
     Raises:
-        ValueError: if the file changed since it was listed or its compression is corrupt.
+        ValueError: if the file changed since it was listed or is corrupt.
         OSError: if the file cannot be read.
     """
-    keys = TEXT_KEYS if text_key is None else (text_key,)
+    options = options or ReadOptions()
+    rows = _Rows(unit.subset, options)
     if unit.kind in ("parquet", "hub"):
         from ultramem_ds.data.tables import table_rows
 
-        for number, row in table_rows(unit, keys):
-            yield _document(row, number, unit.subset, keys)
+        for number, row in table_rows(unit, rows.columns):
+            yield from rows.record(row, number)
         return
-    for offset, line in _lines(unit, max_line_bytes):
-        if line is None:
-            yield BadRecord(offset, f"line longer than {max_line_bytes} bytes")
-        elif not line.isspace():
-            yield _parse(line, offset, unit.subset, keys)
+    with open_unit(unit, options) as (stream, archive):
+        if unit.kind == "values":
+            for at, value in json_values(stream, unit.path, options.max_line_bytes):
+                yield from rows.record(value, at)
+        elif unit.kind == "text" and options.text_files == "document":
+            yield from _whole_text(stream.read(options.max_line_bytes + 1), unit, options)
+        else:
+            whole = unit.compression is not None or unit.encoding != "utf-8"
+            end = None if whole else unit.end
+            for offset, line in lines_between(stream, unit.begin, end, options.max_line_bytes):
+                if line is None:
+                    reason = f"line longer than {options.max_line_bytes} bytes"
+                    yield BadRecord(offset, reason)
+                    continue
+                line = line.removeprefix(_BOM)
+                if line.isspace() or not line:
+                    continue
+                if unit.kind == "text":
+                    yield _text(line.rstrip(b"\r\n"), offset, unit)
+                else:
+                    yield from _parse(line, offset, rows, unit.encoding)
+        while archive is not None and stream.read(1 << 20):
+            pass  # to the archive's end, which is checked there
+        if archive is not None and archive.trailing_bytes:
+            yield Remark(
+                f"{archive.trailing_bytes} bytes after the {unit.compression} data are ignored"
+            )
 
 
-def _parse(line: bytes, offset: int, subset: str, keys: tuple[str, ...]) -> Record:
+def _whole_text(data: bytes, unit: Unit, options: ReadOptions) -> Iterator[Record]:
+    if len(data) > options.max_line_bytes:
+        yield BadRecord(
+            0,
+            f"text file longer than {options.max_line_bytes} bytes (--text-files line, or a larger "
+            "--max-line-mib)",
+        )
+    elif data := data.removeprefix(_BOM):
+        yield _text(data, 0, unit)
+
+
+def _text(data: bytes, offset: int, unit: Unit) -> Record:
     try:
-        row = json.loads(line.decode("utf-8"))
+        return Document(data.decode("utf-8"), unit.subset, data)
     except UnicodeDecodeError:
+        return _undecodable(offset, unit.encoding)
+
+
+def _undecodable(offset: int, encoding: str) -> BadRecord:
+    if encoding == "utf-8":
         return BadRecord(offset, "invalid UTF-8")
-    except (ValueError, RecursionError):
-        return BadRecord(offset, "not JSON")
-    if not isinstance(row, dict):
-        return BadRecord(offset, "not a JSON object")
-    return _document(row, offset, subset, keys)
+    return BadRecord(offset, f"invalid {encoding}")
 
 
-def _document(row: dict[str, Any], offset: int, subset: str, keys: tuple[str, ...]) -> Record:
-    key = next((key for key in keys if key in row), None)
-    if key is None:
-        return BadRecord(offset, f"no {' / '.join(keys)}")
-    text = row[key]
-    if not isinstance(text, str):
-        return BadRecord(offset, f"{key} is not a string")
+def _parse(line: bytes, offset: int, rows: _Rows, encoding: str) -> Iterator[Record]:
     try:
-        data = text.encode("utf-8")
-    except UnicodeEncodeError:  # an escaped lone surrogate
-        return BadRecord(offset, f"{key} is not valid Unicode")
-    return Document(text, _subset_of_row(row) or subset, data)
+        text = line.decode("utf-8")
+    except UnicodeDecodeError:
+        yield _undecodable(offset, encoding)
+        return
+    values = values_of(text)
+    while True:
+        try:
+            value = next(values, None)
+        except (ValueError, RecursionError):
+            yield BadRecord(offset, "not JSON")
+            return
+        if value is None:
+            return
+        at, row = value
+        yield from rows.record(row, offset + (len(text[:at].encode()) if at else 0))
+
+
+class _Rows:
+    """Rows of any source to documents."""
+
+    def __init__(self, subset: str, options: ReadOptions) -> None:
+        self._subset = subset
+        self._format = options.format
+        self._keys = TEXT_KEYS if options.text_key is None else (options.text_key,)
+
+    @property
+    def columns(self) -> tuple[str, ...] | None:
+        """Columns of a table that may be needed; None for all."""
+        return self._keys if self._format == "text" else None
+
+    def record(self, row: Any, offset: int) -> Iterator[Record]:
+        """The record of one row."""
+        if not isinstance(row, dict):
+            yield BadRecord(offset, "not a JSON object")
+            return
+        found = self._text(row) if self._format == "text" else segments_of(row, self._format)
+        if isinstance(found, str):
+            yield BadRecord(offset, found)
+            return
+        text = "".join(segment.text for segment in found)
+        try:
+            data = text.encode("utf-8")
+        except UnicodeEncodeError:  # an escaped lone surrogate
+            yield BadRecord(offset, "text is not valid Unicode")
+            return
+        segments = () if self._format == "text" else found
+        yield Document(text, _subset_of_row(row) or self._subset, data, segments)
+
+    def _text(self, row: dict[str, Any]) -> tuple[Segment] | str:
+        """The text of a row, or why there is none."""
+        present = [(key, value) for key in self._keys if (value := _at(row, key)) is not _ABSENT]
+        for _, value in present:
+            if isinstance(value, str):
+                return (Segment(value),)
+        if present:
+            return f"{present[0][0]} is not a string"
+        lists = [key for key, value in row.items() if isinstance(value, list) and len(value) > 1]
+        if lists and isinstance(row[lists[0]][0], dict):
+            return f"no {' / '.join(self._keys)}, but a list under {lists[0]}: write one a line"
+        return f"no {' / '.join(self._keys)}"
+
+
+_ABSENT = object()
+
+
+def _at(row: dict[str, Any], key: str) -> Any:
+    """``row[key]``, or the value at the end of the path A.B."""
+    if key in row:
+        return row[key]
+    first, _, rest = key.partition(".")
+    inner = row.get(first) if rest else None
+    return _at(inner, rest) if isinstance(inner, dict) else _ABSENT
 
 
 def _subset_of_row(row: dict[str, Any]) -> str | None:
@@ -99,64 +195,3 @@ def _subset_of_row(row: dict[str, Any]) -> str | None:
     name = meta.get("redpajama_set_name") if isinstance(meta, dict) else None
     name = name or row.get("red_pajama_subset")
     return canonical_subset(name) if isinstance(name, str) else None
-
-
-def _lines(unit: Unit, max_bytes: int) -> Iterator[tuple[int, bytes | None]]:
-    """(offset, line) of every line that starts inside the unit; None for an overlong one."""
-    with open(unit.path, "rb", buffering=_BLOCK_BYTES) as file:
-        size = os.fstat(file.fileno()).st_size
-        if size != unit.size:
-            raise ValueError(
-                f"{unit.path} changed while it was prepared: {unit.size} -> {size} bytes"
-            )
-        if unit.kind == "lines":
-            yield from _lines_between(file, unit.begin, unit.end, max_bytes)
-            return
-        stream = _decompress(file, unit)
-        try:
-            yield from _lines_between(stream, 0, None, max_bytes)
-        except (EOFError, OSError, zlib.error) as error:
-            if isinstance(error, OSError) and error.errno is not None:
-                raise  # the file system's, not the decompressor's
-            raise ValueError(f"{unit.path} is corrupt or cut short: {error}") from error
-
-
-def _decompress(file: BinaryIO, unit: Unit) -> BinaryIO:
-    if unit.kind == "gzip":
-        return cast(BinaryIO, gzip.GzipFile(fileobj=file))
-    import pyarrow  # here, because it takes long to import
-
-    # Arrow's stream, because python-zstandard's ends a truncated file without an error.
-    return cast(
-        BinaryIO, io.BufferedReader(pyarrow.input_stream(file, compression="zstd"), _BLOCK_BYTES)
-    )
-
-
-def _lines_between(
-    stream: BinaryIO, begin: int, end: int | None, max_bytes: int
-) -> Iterator[tuple[int, bytes | None]]:
-    position = begin
-    if begin > 0:
-        # The line that covers byte begin - 1 belongs to the range before this one.
-        stream.seek(begin - 1)
-        position = _skip_line(stream, begin - 1, end)
-    while end is None or position < end:
-        line = stream.readline(max_bytes + 1)
-        if not line:
-            return
-        start, position = position, position + len(line)
-        if len(line) > max_bytes and not line.endswith(b"\n"):
-            position = _skip_line(stream, position, end)
-            yield start, None
-        else:
-            yield start, line
-
-
-def _skip_line(stream: BinaryIO, position: int, end: int | None) -> int:
-    """Read up to the next line's start, or until ``end`` is passed; returns the position."""
-    while end is None or position < end:
-        part = stream.readline(_BLOCK_BYTES)
-        position += len(part)
-        if not part or part.endswith(b"\n"):
-            break
-    return position

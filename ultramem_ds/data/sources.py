@@ -7,15 +7,15 @@ the inputs alone, never on workers or shards, and their order fixes the order of
 
 from __future__ import annotations
 
-import hashlib
-import json
 import re
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path, PurePath
-from typing import Literal, TypeAlias
 
-UnitKind: TypeAlias = Literal["lines", "gzip", "zstd", "parquet", "hub"]
+from ultramem_ds.data.formats import READ_SUFFIXES, Format, NotData, recognise, stem_of
+from ultramem_ds.data.options import ReadOptions
+from ultramem_ds.data.unit import Unit
+from ultramem_ds.data.walk import Skipped, printable, walk
 
 # Share of each subset in the default mixture: RedPajama-1T by tokens, without books.
 REDPAJAMA_WEIGHTS = {
@@ -36,9 +36,6 @@ _ALIASES = {f"redpajama{name.replace('_', '')}": name for name in _SUBSETS} | {
     "commoncrawl": "common_crawl",
     "books": "book",
 }
-_KIND_OF_SUFFIX: dict[str, UnitKind] = {".gz": "gzip", ".zst": "zstd", ".parquet": "parquet"}
-_TEXT_FILE = re.compile(r"\.(jsonl?|ndjson)(\.gz|\.zst)?$|\.parquet$")
-_EXTENSIONS = re.compile(r"(\.(jsonl?|ndjson|gz|zst|parquet))+$")
 _C4_VALIDATION = re.compile(r"^c4-validation\.\d+-of-\d+\.json")
 _V2_DOCUMENTS = re.compile(r"^[a-z]{2}_(head|middle|tail)\.json")  # RedPajama-V2
 # Names whose sidecar would overwrite a file of the prepared directory.
@@ -48,39 +45,6 @@ _RESERVED = ("manifest", "tokenizer")
 _CUTS = 64
 _MIN_UNIT_BYTES = 4 << 20
 _MAX_UNIT_BYTES = 256 << 20
-
-
-@dataclass(frozen=True, kw_only=True)
-class Unit:
-    """One piece of work.
-
-    ``begin`` and ``end`` are bytes of the file for kind ``lines`` (the unit has the lines that
-    start there) and cover the whole file for compressed ones; for ``parquet`` and ``hub`` the
-    unit is shard ``begin`` of ``end``. ``subset`` is where records go that do not name one
-    themselves.
-    """
-
-    kind: UnitKind
-    path: str  # file, or hub id "OWNER/NAME[:CONFIG[:SPLIT]]"
-    name: str  # of the file inside its input, for reports and for the order
-    subset: str
-    size: int  # bytes of the whole file
-    modified_ns: int
-    begin: int
-    end: int
-
-    @property
-    def key(self) -> str:
-        """Name that changes whenever the content might."""
-        text = json.dumps({**asdict(self), "name": None}, sort_keys=True)
-        return hashlib.sha256(text.encode()).hexdigest()[:32]
-
-    @property
-    def num_bytes(self) -> int:
-        """Input bytes (as stored) the unit stands for, for progress."""
-        if self.kind in ("parquet", "hub"):
-            return self.size * (self.begin + 1) // self.end - self.size * self.begin // self.end
-        return self.end - self.begin
 
 
 def canonical_subset(name: str) -> str | None:
@@ -106,103 +70,174 @@ def subset_of_file(relative: PurePath, fallback: str) -> str:
     for part in reversed(relative.parts[:-1]):
         if known := canonical_subset(part):
             return known
-    stem = _EXTENSIONS.sub("", name)
+    stem = stem_of(name)
     if stem.endswith("_sample") and (known := canonical_subset(stem.split("_")[0])):
         return known
     if known := canonical_subset(stem):
         return known
     if _V2_DOCUMENTS.match(name):
         return "common_crawl"
-    return _safe_name(relative.parts[1] if len(relative.parts) > 2 else fallback)
+    return safe_name(relative.parts[1] if len(relative.parts) > 2 else fallback)
 
 
-def find_units(inputs: Sequence[str]) -> list[Unit]:
-    """List the units of all inputs, in the order of the output.
+@dataclass(frozen=True)
+class Survey:
+    """What the inputs hold.
+
+    Attributes:
+        units: what is to be read, in the order of the output.
+        skipped: entries below the inputs that are not.
+        notes: (file, text) where a file's content is not what its name says.
+    """
+
+    units: tuple[Unit, ...]
+    skipped: tuple[Skipped, ...]
+    notes: tuple[tuple[str, str], ...]
+
+
+def survey(
+    inputs: Sequence[str],
+    options: ReadOptions | None = None,
+    own: Mapping[Path, str] | None = None,
+) -> Survey:
+    """Look at all inputs: nothing found below them goes unmentioned.
 
     Args:
         inputs: files; directories, searched recursively; ``SUBSET=PATH`` to name the subset;
             ``hf:OWNER/NAME[:CONFIG[:SPLIT]]`` for a dataset that ``datasets`` can stream.
+        options: of reading.
+        own: real paths that are no input, and why.
 
     Raises:
-        ValueError: if an input does not exist, holds no readable file, or a file appears twice.
+        ValueError: if an input does not exist, holds no readable file, is an output, or a file
+            appears twice.
+        OSError: if something cannot be read.
     """
-    units: list[Unit] = []
-    seen: dict[Path, str] = {}
+    found = _Survey(options or ReadOptions(), own or {})
     for text in inputs:
+        found.add(text)
+    # Stable: ranges of a file stay in order, and so do files of one name under two inputs.
+    units = sorted(found.units, key=lambda unit: (unit.subset, unit.name))
+    return Survey(tuple(units), tuple(found.skipped), tuple(found.notes))
+
+
+class _Survey:
+    """A survey in the making."""
+
+    def __init__(self, options: ReadOptions, own: Mapping[Path, str]) -> None:
+        self._options = options
+        self._own = own
+        self._seen: dict[Path, str] = {}
+        self.units: list[Unit] = []
+        self.skipped: list[Skipped] = []
+        self.notes: list[tuple[str, str]] = []
+
+    def add(self, text: str) -> None:
         subset, place = _split_input(text)
         if place.startswith("hf:"):
-            units += _hub_units(place[3:], subset)
-            continue
+            self.units += _hub_units(place[3:], subset)
+            return
         root = Path(place)
-        for file in _files_of(root):
-            resolved = file.resolve()
-            if resolved in seen:
-                raise ValueError(f"{file} is given twice: by {seen[resolved]!r} and {text!r}")
-            seen[resolved] = text
-            units += _file_units(file, root, subset)
-    # Stable: ranges of a file stay in order, and so do files of one name under two inputs.
-    return sorted(units, key=lambda unit: (unit.subset, unit.name))
+        own = self._own.get(root.resolve())
+        if own:
+            raise ValueError(f"input {root} is {own}; name something else, or a directory below it")
+        if root.is_dir():
+            tree = walk(root, self._own)
+            files, skipped = tree.files, tree.skipped
+        elif root.is_file():
+            files, skipped = [PurePath()], []
+        else:
+            problem = "is neither a file nor a directory" if root.exists() else "does not exist"
+            raise ValueError(f"input {root} {problem}")
+        before = len(self.units)
+        for below in files:
+            self._file(text, root, below, subset, skipped)
+        if len(self.units) == before:
+            raise ValueError(
+                f"input {root} holds no file to read ({READ_SUFFIXES}): {summary(skipped)}"
+            )
+        self.skipped += skipped
+
+    def _file(
+        self,
+        text: str,
+        root: Path,
+        below: PurePath,
+        subset: str | None,
+        skipped: list[Skipped],
+    ) -> None:
+        file = root / below
+        name = printable(below) if below.parts else printable(PurePath(root.name))
+        try:
+            form = recognise(file, self._options, chosen=not below.parts)
+        except NotData as reason:
+            skipped.append(Skipped(name, str(reason)))
+            return
+        resolved = file.resolve()
+        if resolved in self._seen:
+            raise ValueError(f"{file} is given twice: by {self._seen[resolved]!r} and {text!r}")
+        self._seen[resolved] = text
+        self.units += _file_units(file, root, name, subset, form)
+        if form.note:
+            self.notes.append((name, form.note))
+
+
+def summary(skipped: Sequence[Skipped], names: int = 3) -> str:
+    """Reasons with counts and the first few names, the most frequent reason first."""
+    by_reason: dict[str, list[str]] = {}
+    for entry in skipped:
+        by_reason.setdefault(entry.reason, []).append(entry.name)
+    lines = [
+        f"{len(found)} x {reason} ({', '.join(found[:names])}{', ...' * (len(found) > names)})"
+        for reason, found in sorted(by_reason.items(), key=lambda item: -len(item[1]))
+    ]
+    return "; ".join(lines) or "it is empty"
 
 
 def _split_input(text: str) -> tuple[str | None, str]:
     subset, sep, place = text.partition("=")
     if sep and "/" not in subset and not Path(text).exists():
-        return _safe_name(subset), place
+        return safe_name(subset), place
     return None, text
 
 
-def _safe_name(name: str) -> str:
+def safe_name(name: str) -> str:
     """A subset name that is also a file name."""
     safe = re.sub(r"[^A-Za-z0-9_.-]+", "_", name).strip(".") or "data"
     return f"{safe}_data" if safe in _RESERVED else safe
 
 
-def _files_of(root: Path) -> list[Path]:
-    if root.is_file():
-        return [root]
-    if not root.is_dir():
-        raise ValueError(f"input {root} does not exist")
-    files = [
-        file
-        for file in sorted(root.rglob("*"))
-        if _TEXT_FILE.search(file.name)
-        and file.is_file()
-        and not any(part.startswith(".") for part in file.relative_to(root).parts)
-    ]
-    if not files:
-        raise ValueError(f"input {root} holds no .jsonl, .json, .gz, .zst or .parquet file")
-    return files
-
-
-def _file_units(file: Path, root: Path, subset: str | None) -> list[Unit]:
+def _file_units(file: Path, root: Path, name: str, subset: str | None, form: Format) -> list[Unit]:
     status = file.stat()
-    absolute_root = root.resolve()
+    absolute_root = root.absolute()
     if root.is_file():
-        below, fallback = PurePath(file.name), _EXTENSIONS.sub("", file.name)
+        below, fallback = PurePath(file.name), stem_of(file.name)
+        relative = PurePath(absolute_root.parent.name) / below
     else:
-        below, fallback = file.relative_to(root), absolute_root.name
-    relative = PurePath(absolute_root.parent.name if root.is_file() else absolute_root.name) / below
-    kind = _KIND_OF_SUFFIX.get(file.suffix, "lines")
+        below, fallback = file.relative_to(root), absolute_root.resolve().name
+        relative = PurePath(absolute_root.resolve().name) / below
     chosen = subset or subset_of_file(relative, fallback)
 
     def unit(begin: int, end: int) -> Unit:
         return Unit(
-            kind=kind,
+            kind=form.layout,
             path=str(file.absolute()),
-            name=str(below),
+            name=name,
             subset=chosen,
             size=status.st_size,
             modified_ns=status.st_mtime_ns,
             begin=begin,
             end=end,
+            compression=form.compression,
+            encoding=form.encoding,
         )
 
-    if kind == "parquet":
+    if form.layout == "parquet":
         from ultramem_ds.data.tables import num_parquet_shards
 
         shards = num_parquet_shards(file)
         return [unit(shard, shards) for shard in range(shards)]
-    if kind != "lines":
+    if not form.has_ranges:
         return [unit(0, status.st_size)]
     step = min(max(status.st_size // _CUTS, _MIN_UNIT_BYTES), _MAX_UNIT_BYTES)
     return [
@@ -217,7 +252,7 @@ def _hub_units(name: str, subset: str | None) -> list[Unit]:
     chosen = (
         subset
         or canonical_subset(name.split("/")[-1])
-        or _safe_name(name.split(":")[0].split("/")[-1])
+        or safe_name(name.split(":")[0].split("/")[-1])
     )
     return [
         Unit(

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Iterable, Iterator, Sequence
+import logging
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Literal, TypeAlias
 
-from ultramem_ds.data.readers import Document, read_unit
-from ultramem_ds.data.sources import find_units
+from ultramem_ds.data.options import ReadOptions
+from ultramem_ds.data.readers import BadRecord, Document, read_unit
+from ultramem_ds.data.sources import summary, survey
 from ultramem_ds.data.tokenizers import (
     END_OF_TEXT,
     HuggingFaceTokenizer,
@@ -16,6 +19,8 @@ from ultramem_ds.data.tokenizers import (
     Tokenizer,
     save_tokenizer,
 )
+
+logger = logging.getLogger(__name__)
 
 TokenizerKind: TypeAlias = Literal["bpe", "sentencepiece"]
 
@@ -27,6 +32,7 @@ def train_on_inputs(
     kind: TokenizerKind = "bpe",
     vocab_size: int = 8192,
     max_bytes: int = 256 << 20,
+    reading: ReadOptions | None = None,
 ) -> tuple[Path, Tokenizer]:
     """Train on files and write the tokenizer.
 
@@ -36,6 +42,7 @@ def train_on_inputs(
         kind: see :func:`train_tokenizer`.
         vocab_size: entries.
         max_bytes: of text to read, an equal share from the beginning of every unit.
+        reading: how inputs become documents.
 
     Returns:
         The file written, and the tokenizer.
@@ -43,10 +50,10 @@ def train_on_inputs(
     Raises:
         ValueError: for inputs without text or an impossible vocabulary.
     """
-    tokenizer = train_tokenizer(
-        _sample_texts([str(path) for path in inputs], max_bytes), kind=kind, vocab_size=vocab_size
-    )
     path = Path(output)
+    own = {path.resolve(): "the tokenizer to write"}
+    texts = _sample_texts([str(i) for i in inputs], max_bytes, reading or ReadOptions(), own)
+    tokenizer = train_tokenizer(texts, kind=kind, vocab_size=vocab_size)
     if path.is_dir():
         return tokenizer.save(path), tokenizer
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -54,21 +61,35 @@ def train_on_inputs(
     return path, tokenizer
 
 
-def _sample_texts(inputs: Sequence[str], max_bytes: int) -> Iterator[str]:
-    units = find_units(inputs)
-    share = max_bytes / max(1, len(units))
-    found = False
-    for unit in units:
+def _sample_texts(
+    inputs: Sequence[str], max_bytes: int, reading: ReadOptions, own: Mapping[Path, str]
+) -> Iterator[str]:
+    found = survey(inputs, reading, own)
+    skipped = [entry for entry in found.skipped if not entry.expected]
+    if skipped:
+        logger.warning("not read: %s", summary(skipped))
+    share = max_bytes / max(1, len(found.units))
+    documents = 0
+    bad: Counter[str] = Counter()
+    for unit in found.units:
         taken = 0
-        for record in read_unit(unit):
-            if isinstance(record, Document):
-                found = True
+        for record in read_unit(unit, reading):
+            if isinstance(record, BadRecord):
+                bad[record.reason] += 1
+            elif isinstance(record, Document):
+                documents += 1
                 yield record.text
                 taken += len(record.data)
             if taken >= share:
                 break
-    if not found:
-        raise ValueError("the inputs hold no document to train on")
+    reasons = ", ".join(f"{count} x {reason}" for reason, count in bad.most_common(3))
+    if not documents:
+        raise ValueError(
+            f"the inputs hold no document to train on ({reasons or 'no record at all'}); see "
+            "--text-key and --format"
+        )
+    if bad:
+        logger.warning("%d of %d records are unusable: %s", bad.total(), documents, reasons)
 
 
 def train_tokenizer(texts: Iterable[str], *, kind: TokenizerKind, vocab_size: int) -> Tokenizer:

@@ -1,6 +1,7 @@
 """Tokenizers behind one interface: Hugging Face ``tokenizers`` JSON and SentencePiece models.
 
-Both libraries tokenize in native code; nothing here loops over tokens in Python.
+Both libraries tokenize in native code; nothing here loops over tokens in Python. Which file is
+what, and which token ends a text, is found in ``tokenizer_files``.
 """
 
 from __future__ import annotations
@@ -8,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,12 +19,21 @@ import numpy as np
 import numpy.typing as npt
 from tokenizers import Tokenizer as Backend
 
+from ultramem_ds.data.tokenizer_files import (
+    CONFIG_NAME,
+    NO_CLUES,
+    Clues,
+    clues_beside,
+    config_naming,
+    find_file,
+    refuse_other_kinds,
+    without_bom,
+)
+from ultramem_ds.data.tokenizer_losses import refuse_if_unencodable
 from ultramem_ds.utils.files import atomic_file
 
 END_OF_TEXT = "<|endoftext|>"
-# Names of the end-of-text token in published tokenizers, the first present one is taken.
-_END_OF_TEXT_NAMES = (END_OF_TEXT, "</s>", "<eos>", "<|end_of_text|>", "<|eos|>", "[EOS]")
-_REPLACEMENT = "\ufffd"
+_BYTE = re.compile(r"<0x[0-9A-F]{2}>")
 
 
 class Tokenizer(ABC):
@@ -32,16 +43,24 @@ class Tokenizer(ABC):
         file_name: name of the tokenizer's file inside a prepared or run directory.
         vocab_size: one more than the largest id.
         eos_id: id of the end-of-text token that ends every document.
+        eos_token: the same as text.
+        eos_from: what says so, for messages.
+        unknown_id: id of the token for characters that it does not know; None without one.
         content: bytes of the file.
         hash: SHA-256 of the file, hexadecimal.
+        config: bytes of the ``tokenizer_config.json`` that goes with it; None without one.
     """
 
     file_name: str
     vocab_size: int
     eos_id: int
+    eos_token: str
+    eos_from: str
+    unknown_id: int | None
 
-    def __init__(self, content: bytes) -> None:
+    def __init__(self, content: bytes, config: bytes | None = None) -> None:
         self.content = content
+        self.config = config
         self.hash = hashlib.sha256(content).hexdigest()
 
     @abstractmethod
@@ -55,6 +74,10 @@ class Tokenizer(ABC):
     @abstractmethod
     def decode(self, ids: Sequence[int], *, skip_special: bool = True) -> str:
         """Text of ``ids``; ids of padding rows (>= ``vocab_size``) contribute nothing."""
+
+    @abstractmethod
+    def is_byte(self, token: int) -> bool:
+        """Whether an id stands for one byte of a character that has no entry."""
 
     def encode(self, text: str) -> list[int]:
         """Ids of one text, without special tokens."""
@@ -76,9 +99,20 @@ class Tokenizer(ABC):
         return ids, lengths
 
     def save(self, directory: Path) -> Path:
-        """Copy the tokenizer's file, byte for byte, into ``directory`` and return its path."""
+        """Copy the tokenizer's files into ``directory``, which then loads as this tokenizer.
+
+        The tokenizer's own file is copied byte for byte, and so is its ``tokenizer_config.json``
+        unless another end-of-text token was chosen than the one it names.
+
+        Returns:
+            The path of the tokenizer's own file.
+        """
         path = directory / self.file_name
         save_tokenizer(self, path)
+        config = config_naming(self.config, self.eos_token, keep=not self.eos_from)
+        if config is not None:
+            with atomic_file(directory / CONFIG_NAME) as out:
+                out.write(config)
         return path
 
 
@@ -87,22 +121,35 @@ class HuggingFaceTokenizer(Tokenizer):
 
     file_name = "tokenizer.json"
 
-    def __init__(self, content: bytes) -> None:
-        super().__init__(content)
+    def __init__(self, content: bytes, clues: Clues = NO_CLUES) -> None:
+        super().__init__(content, clues.config)
         backend = Backend.from_str(content.decode())
-        eos = _choose_eos(backend)
+        self.eos_token, self.eos_from = clues.end_of_text(
+            lambda name: backend.token_to_id(name) is not None, backend.id_to_token
+        )
+        eos = self.eos_token
         description = json.loads(content)
-        plain = [t for t in description["added_tokens"] if t["content"] == eos and not t["special"]]
-        if plain:
+        added = [t for t in description["added_tokens"] if t["content"] == eos]
+        if added and not added[0]["special"]:
             # It would be recognised inside documents' text.
-            plain[0]["special"] = True
+            added[0]["special"] = True
             backend = Backend.from_str(json.dumps(description))
         backend.encode_special_tokens = True
         backend.no_truncation()  # a file may carry a maximum length, which would cut documents
         backend.no_padding()
         self._backend = backend
-        self.vocab_size = max(backend.get_vocab(with_added_tokens=True).values()) + 1
-        self.eos_id = int(backend.get_vocab(with_added_tokens=True)[eos])
+        vocabulary = backend.get_vocab(with_added_tokens=True)
+        self.vocab_size = max(vocabulary.values()) + 1
+        self.eos_id = int(vocabulary[eos])
+        model = description["model"]
+        unknown = model.get("unk_token")
+        self.unknown_id = vocabulary.get(unknown) if unknown else model.get("unk_id")
+        self._bytes = (
+            {token for name, token in vocabulary.items() if _BYTE.fullmatch(name)}
+            if model.get("byte_fallback")
+            else set()
+        )
+        refuse_if_unencodable(self)
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """See :class:`Tokenizer`."""
@@ -118,21 +165,30 @@ class HuggingFaceTokenizer(Tokenizer):
         text: str = self._backend.decode(list(ids), skip_special_tokens=skip_special)
         return text
 
+    def is_byte(self, token: int) -> bool:
+        """See :class:`Tokenizer`."""
+        return token in self._bytes
+
 
 class SentencePieceTokenizer(Tokenizer):
     """A SentencePiece ``.model`` (Llama's kind)."""
 
     file_name = "tokenizer.model"
 
-    def __init__(self, content: bytes) -> None:
+    def __init__(self, content: bytes, clues: Clues = NO_CLUES) -> None:
         import sentencepiece
 
-        super().__init__(content)
+        super().__init__(content, clues.config)
         self._backend = sentencepiece.SentencePieceProcessor(model_proto=content)
         self.vocab_size = self._backend.get_piece_size()
-        self.eos_id = self._backend.eos_id()
-        if self.eos_id < 0:
-            raise ValueError("the SentencePiece model has no end-of-sentence piece")
+        self.unknown_id = self._backend.unk_id()
+        own = self._backend.eos_id()
+        self.eos_token, self.eos_from = clues.end_of_text(
+            lambda name: self._backend.piece_to_id(name) != self.unknown_id,
+            lambda token: self._backend.id_to_piece(token) if token < self.vocab_size else None,
+            own=self._backend.id_to_piece(own) if own >= 0 else None,
+        )
+        self.eos_id = self._backend.piece_to_id(self.eos_token)
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """See :class:`Tokenizer`."""
@@ -152,94 +208,32 @@ class SentencePieceTokenizer(Tokenizer):
         text: str = self._backend.decode(kept)
         return text
 
-
-class StreamDecoder:
-    """Text of a growing id sequence, piece by piece: what generation prints as it goes.
-
-    A character whose bytes are spread over several tokens appears once, when it is complete.
-    """
-
-    def __init__(self, tokenizer: Tokenizer) -> None:
-        self._tokenizer = tokenizer
-        self._ids: list[int] = []
-        self._begin = 0  # ids before this one are out of the window
-        self._done = 0  # ids before this one are printed
-
-    def push(self, token: int) -> str:
-        """Add one id; returns the text it completes, possibly empty."""
-        self._ids.append(token)
-        text = self._pending()
-        if not text or text.endswith(_REPLACEMENT):
-            return ""
-        self._begin, self._done = self._done, len(self._ids)
-        return text
-
-    def flush(self) -> str:
-        """Text still held back at the end, undecodable bytes as U+FFFD."""
-        text = self._pending()
-        self._begin = self._done = len(self._ids)
-        return text
-
-    def _pending(self) -> str:
-        # Decoded with the previous piece in front: a first piece may lose its leading space.
-        before = self._tokenizer.decode(self._ids[self._begin : self._done])
-        return self._tokenizer.decode(self._ids[self._begin :])[len(before) :]
+    def is_byte(self, token: int) -> bool:
+        """See :class:`Tokenizer`."""
+        return token < self.vocab_size and self._backend.is_byte(token)
 
 
-def _choose_eos(backend: Backend) -> str:
-    for name in _END_OF_TEXT_NAMES:
-        if backend.token_to_id(name) is not None:
-            return name
-    raise ValueError(f"it has no end-of-text token, none of {', '.join(_END_OF_TEXT_NAMES)}")
-
-
-def load_tokenizer(path: str | Path) -> Tokenizer:
+def load_tokenizer(path: str | Path, eod_token: str | None = None) -> Tokenizer:
     """Load a tokenizer.
 
     Args:
         path: a ``tokenizers`` JSON file, a SentencePiece ``.model`` file, a directory that holds
             ``tokenizer.json`` or ``tokenizer.model`` (a prepared, run or checkpoint directory),
             or, when a network is there, a Hugging Face model id such as EleutherAI/gpt-neox-20b.
+        eod_token: the token that ends a document; None looks for it where published tokenizers
+            name it (:meth:`~ultramem_ds.data.tokenizer_files.Clues.end_of_text`).
 
     Raises:
-        ValueError: if it is none of these; the message says which was tried.
+        ValueError: if it is none of these, or cannot encode text; the message says which was tried.
     """
-    file = Path(path)
-    if file.is_dir():
-        candidates = [
-            file / kind.file_name for kind in (HuggingFaceTokenizer, SentencePieceTokenizer)
-        ]
-        present = [candidate for candidate in candidates if candidate.is_file()]
-        if not present:
-            raise ValueError(
-                f"{file} holds neither tokenizer.json nor tokenizer.model; "
-                "repeat `prepare`, or copy the tokenizer there"
-            )
-        file = present[0]
-    if file.is_file():
-        return _from_bytes(file.read_bytes(), str(file))
-    if isinstance(path, str) and path.count("/") == 1 and not path.startswith(("/", ".")):
-        return _from_bytes(_download(path), path)
-    raise ValueError(f"tokenizer file {path} does not exist")
-
-
-def _from_bytes(content: bytes, name: str) -> Tokenizer:
+    file = find_file(path, (HuggingFaceTokenizer.file_name, SentencePieceTokenizer.file_name))
+    content = without_bom(file.read_bytes())
+    refuse_other_kinds(content, file)
     kind = HuggingFaceTokenizer if content.lstrip()[:1] == b"{" else SentencePieceTokenizer
     try:
-        return kind(content)
+        return kind(content, clues_beside(file, eod_token))
     except Exception as error:  # both libraries raise bare Exception or RuntimeError on bad files
-        raise ValueError(f"{name} is not a usable tokenizer: {error}") from error
-
-
-def _download(model_id: str) -> bytes:
-    from huggingface_hub import hf_hub_download
-
-    try:
-        return Path(hf_hub_download(model_id, HuggingFaceTokenizer.file_name)).read_bytes()
-    except Exception as error:  # offline, unknown id, no such file: many exception types
-        raise ValueError(
-            f"{model_id} is no local file, and as a Hugging Face id it failed: {error}"
-        ) from error
+        raise ValueError(f"{path} is not a usable tokenizer: {error}") from error
 
 
 def save_tokenizer(tokenizer: Tokenizer, path: Path) -> None:

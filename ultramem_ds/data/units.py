@@ -6,7 +6,8 @@ A finished unit is a directory with, for every (split, subset) it has documents 
     <split>.<subset>.lengths   int32, tokens per document
     <split>.<subset>.hashes    uint64, content hash per document
     <split>.<subset>.sizes     int32, UTF-8 bytes of text per document
-    unit.json                  counts and bad records
+    <split>.<subset>.mask      uint8, 1 for ids that count as targets; of prompts and answers only
+    unit.json                  counts, bad records, remarks and losses
 
 It is written under a temporary name, synced and renamed, so that a unit exists only when it is
 complete, whatever is killed and however many processes work on it.
@@ -27,10 +28,13 @@ from typing import Any, BinaryIO, Literal, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
+from ultramem_ds.data.answers import encode_answers
 from ultramem_ds.data.indexed import id_dtype
-from ultramem_ds.data.readers import BadRecord, Document, Record, read_unit
-from ultramem_ds.data.sources import Unit
+from ultramem_ds.data.options import ReadOptions
+from ultramem_ds.data.readers import BadRecord, Document, Record, Remark, read_unit
+from ultramem_ds.data.tokenizer_losses import LossCounter, Losses
 from ultramem_ds.data.tokenizers import Tokenizer
+from ultramem_ds.data.unit import Unit
 from ultramem_ds.utils.files import fsync_directory, read_json, temporary_path, write_json
 
 Split: TypeAlias = Literal["train", "validation"]
@@ -38,6 +42,7 @@ Group: TypeAlias = tuple[str, str]  # (split, subset)
 
 SUMMARY_NAME = "unit.json"
 PARTS = ("tokens", "lengths", "hashes", "sizes")
+MASK_PART = "mask"
 # A batch ends at either bound: memory stays flat whatever the documents' sizes.
 _BATCH_BYTES = 1 << 20
 _BATCH_DOCUMENTS = 1024
@@ -50,8 +55,7 @@ class UnitOptions:
 
     validation_share: float
     held_out: tuple[str, ...]  # subsets that go to validation whole
-    text_key: str | None
-    max_line_bytes: int
+    reading: ReadOptions
 
 
 @dataclass(kw_only=True)
@@ -61,12 +65,14 @@ class Counts:
     documents: int = 0
     tokens: int = 0  # end-of-text ids included
     text_bytes: int = 0  # UTF-8
+    answer_tokens: int = 0  # that count as targets; 0 for plain text, where all do
 
     def add(self, other: Counts) -> None:
         """Accumulate ``other``."""
         self.documents += other.documents
         self.tokens += other.tokens
         self.text_bytes += other.text_bytes
+        self.answer_tokens += other.answer_tokens
 
 
 @dataclass(kw_only=True)
@@ -76,6 +82,8 @@ class UnitSummary:
     counts: dict[Group, Counts] = field(default_factory=dict)
     bad: Counter[str] = field(default_factory=Counter)  # reason -> records
     reports: list[tuple[int, str]] = field(default_factory=list)  # (offset, reason), the first ones
+    remarks: list[str] = field(default_factory=list)  # about the file
+    losses: Losses = field(default_factory=Losses)  # characters that the tokenizer lost
 
     @property
     def num_bad(self) -> int:
@@ -83,14 +91,25 @@ class UnitSummary:
         return sum(self.bad.values())
 
     @property
+    def num_documents(self) -> int:
+        """Documents of all groups."""
+        return sum(counts.documents for counts in self.counts.values())
+
+    @property
     def num_records(self) -> int:
         """All records of the unit, bad ones included."""
-        return self.num_bad + sum(counts.documents for counts in self.counts.values())
+        return self.num_bad + self.num_documents
 
     def to_json(self) -> dict[str, Any]:
         """Plain form for ``unit.json``."""
         groups = [[*group, asdict(counts)] for group, counts in sorted(self.counts.items())]
-        return {"groups": groups, "bad": dict(self.bad), "reports": self.reports}
+        return {
+            "groups": groups,
+            "bad": dict(self.bad),
+            "reports": self.reports,
+            "remarks": self.remarks,
+            "losses": asdict(self.losses),
+        }
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> UnitSummary:
@@ -99,11 +118,13 @@ class UnitSummary:
             counts={(split, subset): Counts(**counts) for split, subset, counts in value["groups"]},
             bad=Counter(value["bad"]),
             reports=[(offset, reason) for offset, reason in value["reports"]],
+            remarks=value["remarks"],
+            losses=Losses(Counter(value["losses"]["dropped"]), value["losses"]["unknown_tokens"]),
         )
 
 
 def part_path(directory: Path, group: Group, suffix: str) -> Path:
-    """File of ``group`` inside a unit's directory; suffix is one of :data:`PARTS`."""
+    """File of ``group`` inside a unit's directory; suffix is one of :data:`PARTS` or the mask's."""
     return directory / f"{group[0]}.{group[1]}.{suffix}"
 
 
@@ -184,14 +205,23 @@ def _write_parts(
     progress: Callable[[Counts], None],
 ) -> UnitSummary:
     summary = UnitSummary()
-    records = read_unit(unit, text_key=options.text_key, max_line_bytes=options.max_line_bytes)
+    records = read_unit(unit, options.reading)
+    counter = LossCounter(tokenizer)
+    dtype = id_dtype(tokenizer.vocab_size)
+    masked = options.reading.format != "text"
     with contextlib.ExitStack() as stack:
         parts: dict[Group, _Part] = {}
         for documents in _batches(records, summary):
             hashes = np.array([content_hash(document.data) for document in documents], np.uint64)
-            ids, lengths = tokenizer.encode_documents(
-                [document.text for document in documents], id_dtype(tokenizer.vocab_size)
-            )
+            texts = [document.text for document in documents]
+            mask = np.empty(0, np.uint8)
+            if masked:
+                ids, lengths, mask = encode_answers(
+                    tokenizer, [document.segments for document in documents], dtype
+                )
+            else:
+                ids, lengths = tokenizer.encode_documents(texts, dtype)
+            summary.losses.add(counter.count(texts, ids))
             sizes = np.array([len(document.data) for document in documents], np.int32)
             groups = [
                 (split_of(document.subset, int(digest), options), document.subset)
@@ -200,15 +230,16 @@ def _write_parts(
             for group in dict.fromkeys(groups):
                 chosen = np.array([other == group for other in groups])
                 if group not in parts:
-                    parts[group] = stack.enter_context(_Part(directory, group))
+                    parts[group] = stack.enter_context(_Part(directory, group, masked=masked))
                     summary.counts[group] = Counts()
-                parts[group].write(
-                    ids[np.repeat(chosen, lengths)], lengths[chosen], hashes[chosen], sizes[chosen]
-                )
+                of_chosen = np.repeat(chosen, lengths)
+                arrays = [ids[of_chosen], lengths[chosen], hashes[chosen], sizes[chosen]]
+                parts[group].write(*arrays, *([mask[of_chosen]] if masked else []))
                 added = Counts(
                     documents=int(chosen.sum()),
                     tokens=int(lengths[chosen].sum()),
                     text_bytes=int(sizes[chosen].sum()),
+                    answer_tokens=int(mask[of_chosen].sum()) if masked else 0,
                 )
                 summary.counts[group].add(added)
                 progress(added)
@@ -220,6 +251,9 @@ def _batches(records: Iterator[Record], summary: UnitSummary) -> Iterator[list[D
     batch: list[Document] = []
     num_bytes = 0
     for record in records:
+        if isinstance(record, Remark):
+            summary.remarks.append(record.text)
+            continue
         if isinstance(record, BadRecord):
             summary.bad[record.reason] += 1
             if len(summary.reports) < _BAD_REPORTS_PER_UNIT:
@@ -237,8 +271,9 @@ def _batches(records: Iterator[Record], summary: UnitSummary) -> Iterator[list[D
 class _Part:
     """The growing files of one (split, subset)."""
 
-    def __init__(self, directory: Path, group: Group) -> None:
-        self._paths = [part_path(directory, group, suffix) for suffix in PARTS]
+    def __init__(self, directory: Path, group: Group, *, masked: bool) -> None:
+        suffixes = (*PARTS, MASK_PART) if masked else PARTS
+        self._paths = [part_path(directory, group, suffix) for suffix in suffixes]
         self._files: list[BinaryIO] = []
 
     def __enter__(self) -> _Part:
@@ -246,7 +281,7 @@ class _Part:
         return self
 
     def write(self, *arrays: npt.NDArray[Any]) -> None:
-        """Append what :data:`PARTS` names, of some documents."""
+        """Append what :data:`PARTS` names, and the mask if there is one, of some documents."""
         for file, array in zip(self._files, arrays):
             file.write(array.tobytes())
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
 
-from ultramem_ds.data.indexed import IndexedDataset
+from ultramem_ds.data.indexed import IndexedDataset, open_mask
 from ultramem_ds.data.manifest import load_manifest, prefix_of
+from ultramem_ds.data.micro_batch import Boundaries, MicroBatch, document_starts
 from ultramem_ds.data.mixture import IdArray, num_sequences
 
 
@@ -36,7 +37,9 @@ class ValidationSet:
         self.subset = subset
         self.seq_len = seq_len
         self.info = infos[subset]
-        self._dataset = IndexedDataset(prefix_of(Path(data_dir), ("validation", subset)))
+        prefix = prefix_of(Path(data_dir), ("validation", subset))
+        self._dataset = IndexedDataset(prefix)
+        self._mask = open_mask(prefix) if self.info.masked else None
 
     @property
     def bytes_per_token(self) -> float:
@@ -51,6 +54,21 @@ class ValidationSet:
             raise IndexError(f"sequence {index} of {len(self)}")
         begin = index * self.seq_len
         return self._dataset.tokens(begin, begin + self.seq_len + 1).astype(np.int64)
+
+    def batch(self, indices: Sequence[int], boundaries: Boundaries) -> MicroBatch:
+        """Sequences ``indices`` as one forward, told of documents as training was."""
+        starts = None
+        if boundaries.needed:
+            begins = [index * self.seq_len for index in indices]
+            found = [document_starts(self._dataset, begin, self.seq_len) for begin in begins]
+            starts = np.stack(found)
+        mask = None
+        if self._mask is not None:
+            begins = [index * self.seq_len + 1 for index in indices]
+            mask = np.stack([self._mask[begin : begin + self.seq_len] for begin in begins])
+        return boundaries.micro_batch(
+            np.stack([self[index] for index in indices]), tuple(indices), starts, mask
+        )
 
     def __iter__(self) -> Iterator[IdArray]:
         return (self[index] for index in range(len(self)))

@@ -17,12 +17,15 @@ from typing import TypeAlias
 
 from tqdm import tqdm
 
-from ultramem_ds.data.sources import Unit
-from ultramem_ds.data.tokenizers import load_tokenizer
+from ultramem_ds.data.tokenizers import Tokenizer
+from ultramem_ds.data.unit import Unit
 from ultramem_ds.data.units import Counts, UnitOptions, UnitSummary, tokenize_unit
 
 # A unit and the directory its parts go to.
 Job: TypeAlias = tuple[Unit, Path]
+
+# Loads the tokenizer anew in every process.
+TokenizerLoader: TypeAlias = Callable[[], Tokenizer]
 
 # One process is one core: the tokenizer library's own threads would only get in the way.
 _SINGLE_THREADED = {"TOKENIZERS_PARALLELISM": "false"}
@@ -64,11 +67,11 @@ class _Shared:
 _run_job: Callable[[Job], UnitSummary]  # of a worker process, set once by its initializer
 
 
-def _start_worker(tokenizer_path: str, options: UnitOptions, shared: _Shared) -> None:
+def _start_worker(load: TokenizerLoader, options: UnitOptions, shared: _Shared) -> None:
     global _run_job
     os.environ.update(_SINGLE_THREADED)
     threading.Thread(target=_exit_with_parent, daemon=True).start()
-    tokenizer = load_tokenizer(tokenizer_path)
+    tokenizer = load()
 
     def run(job: Job) -> UnitSummary:
         unit, directory = job
@@ -90,7 +93,7 @@ def _exit_with_parent() -> None:
 
 
 def run_units(
-    jobs: Sequence[Job], tokenizer_path: str, options: UnitOptions, *, workers: int
+    jobs: Sequence[Job], load: TokenizerLoader, options: UnitOptions, *, workers: int
 ) -> Generator[tuple[Unit, UnitSummary], None, None]:
     """Tokenise ``jobs``; yields each unit as it is finished.
 
@@ -104,19 +107,19 @@ def run_units(
     shared = _Shared()
     run = _run_here if workers == 1 else partial(_run_in_processes, workers=min(workers, len(jobs)))
     with _Progress(sum(unit.num_bytes for unit, _ in jobs), shared) as progress:
-        for unit, summary in run(jobs, tokenizer_path, options, shared, progress):
+        for unit, summary in run(jobs, load, options, shared, progress):
             progress.finished(unit)
             yield unit, summary
 
 
 def _run_here(
     jobs: Sequence[Job],
-    tokenizer_path: str,
+    load: TokenizerLoader,
     options: UnitOptions,
     shared: _Shared,
     progress: _Progress,
 ) -> Iterator[tuple[Unit, UnitSummary]]:
-    tokenizer = load_tokenizer(tokenizer_path)
+    tokenizer = load()
 
     def add(counts: Counts) -> None:
         shared.add(counts)
@@ -135,7 +138,7 @@ def _run_here(
 
 def _run_in_processes(
     jobs: Sequence[Job],
-    tokenizer_path: str,
+    load: TokenizerLoader,
     options: UnitOptions,
     shared: _Shared,
     progress: _Progress,
@@ -147,7 +150,7 @@ def _run_in_processes(
         # Not fork: the caller may have threads, and the tokenizer library has its own.
         mp_context=multiprocessing.get_context("spawn"),
         initializer=_start_worker,
-        initargs=(tokenizer_path, options, shared),
+        initargs=(load, options, shared),
     )
     try:
         futures = {executor.submit(_run_in_worker, job): job[0] for job in jobs}

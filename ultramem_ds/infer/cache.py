@@ -106,6 +106,10 @@ class DecodeCache:
         positions_BS = (index_S - self._begins_B.unsqueeze(1)).clamp(min=0)
         return StepInputs(positions_BS, mask_BSS, index_S == self._begins_B.unsqueeze(1))
 
+    def keep_conv(self, index: int, inputs_BSD: Tensor, state_BCD: Tensor | None) -> None:
+        """See ``model.lm.DecodeState``: all sequences end at the last column."""
+        self.conv[index] = state_BCD
+
     def _forget_padded_convolution(self, begin: int) -> None:
         """Zero the convolutions' inputs of padded columns: nothing precedes the first token."""
         for j, state_BCD in enumerate(self.conv):

@@ -64,6 +64,10 @@ class FixedState:
         visible_BC = (self.columns_C <= self.position_1) & (self.columns_C >= self.begins_B1)
         return StepInputs(self.position_1 - self.begins_B1, visible_BC[:, None, None, :], None)
 
+    def keep_conv(self, index: int, inputs_BSD: Tensor, state_BCD: Tensor | None) -> None:
+        """See ``model.lm.DecodeState``; :meth:`leave` carries it on."""
+        self.conv[index] = state_BCD
+
     def leave(self) -> None:
         """Carry the convolutions' states to their fixed addresses and move on by one position."""
         for j, address in enumerate(self.addresses):

@@ -10,6 +10,7 @@ from ultramem_ds.infer.weights import GroupedWeights, PackedLinear, Packer
 from ultramem_ds.kernels import resolve
 from ultramem_ds.model.lm import LanguageModel
 from ultramem_ds.model.moe import MixtureOfExperts
+from ultramem_ds.sharding.experts import ShardedExperts
 
 
 def prepare_for_decoding(
@@ -36,7 +37,7 @@ def prepare_for_decoding(
     if not packs:
         return model
     for module in list(model.modules()):
-        if isinstance(module, GroupedExperts):
+        if isinstance(module, GroupedExperts | ShardedExperts):
             continue  # the gate's weight is read as it is, in fp32
         for name, child in list(module.named_children()):
             if isinstance(child, nn.Linear):

@@ -12,7 +12,7 @@ from typing import NamedTuple, Protocol, TypeAlias
 import torch
 from torch import Tensor
 
-from ultramem_ds.config.schema import Candidates
+from ultramem_ds.config.memory import Candidates
 from ultramem_ds.kernels.row_adam import AdamStep
 
 # T tokens, K entries per token, M entries in all (T * K when rectangular), E projectors, B bags,

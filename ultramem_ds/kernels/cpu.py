@@ -16,7 +16,7 @@ import ctypes
 import torch
 from torch import Tensor
 
-from ultramem_ds.config.schema import Candidates
+from ultramem_ds.config.memory import Candidates
 from ultramem_ds.kernels.base import Search
 from ultramem_ds.kernels.cpu_autograd import causal_conv, conv_forward, select
 from ultramem_ds.kernels.native import address, dtype_code

@@ -15,7 +15,8 @@ from torch.autograd.function import once_differentiable
 
 from ultramem_ds.kernels.base import Kernel, rectangular_bags
 
-# T tokens, G distinct queries of a token, K keys per token, R keys in all, d kdim.
+# T tokens, G distinct queries of a token, K keys per token, R keys in all, d kdim. H heads, n keys
+# per side, r Tucker rank, c chosen keys; a leading 2 is the side.
 
 
 class _RowDots(torch.autograd.Function):
@@ -78,3 +79,35 @@ def row_dots(
         queries_TGd, keys_Rd, rows_TK.contiguous(), groups_TK.contiguous(), kernel
     )
     return dots_TK
+
+
+def exact_scores(
+    kernel: Kernel,
+    queries_TGd: Tensor,
+    groups_2Hr: Tensor,
+    keys_2Hnrd: Tensor,
+    index_2THc: Tensor,
+) -> Tensor:
+    """S_row and S_col of chosen keys, (2, T, H, c, r), fp32 at least, differentiable.
+
+    Args:
+        kernel: does the products.
+        queries_TGd: queries.
+        groups_2Hr: which of them meets the keys of a side, head and rank.
+        keys_2Hnrd: all keys.
+        index_2THc: the chosen ones of every side, token and head.
+    """
+    _, num_heads, num_keys, rank, width = keys_2Hnrd.shape
+    index_2THcr = index_2THc[..., None].expand(*index_2THc.shape, rank)
+    head = torch.arange(2 * num_heads, device=index_2THc.device).view(2, 1, num_heads, 1, 1)
+    ranks = torch.arange(rank, device=index_2THc.device)
+    row = (head * num_keys + index_2THcr) * rank + ranks
+    group = groups_2Hr[:, None, :, None, :].expand_as(row)
+    dots_TK = row_dots(
+        kernel,
+        queries_TGd,
+        keys_2Hnrd.reshape(-1, width),
+        row.transpose(0, 1).flatten(1),
+        group.transpose(0, 1).flatten(1),
+    )
+    return dots_TK.view(-1, 2, *index_2THcr.shape[2:]).transpose(0, 1)

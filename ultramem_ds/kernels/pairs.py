@@ -11,7 +11,7 @@ import functools
 import torch
 from torch import Tensor
 
-from ultramem_ds.config.schema import Candidates
+from ultramem_ds.config.memory import Candidates
 
 # T tokens, H heads, r Tucker rank, h cores, m pairs, c candidates per side, n keys per side. A
 # leading 2 is the side: rows, then columns.

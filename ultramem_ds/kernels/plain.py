@@ -6,9 +6,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ultramem_ds.config.schema import Candidates
+from ultramem_ds.config.memory import Candidates
 from ultramem_ds.kernels.base import Kernel, Search
-from ultramem_ds.kernels.dots import row_dots
+from ultramem_ds.kernels.dots import exact_scores
 from ultramem_ds.kernels.pairs import best_pairs, compiled_best_pairs, top_candidates
 from ultramem_ds.kernels.row_adam import AdamStep
 
@@ -87,30 +87,11 @@ class PlainKernel(Kernel):
         with torch.no_grad():
             scores_2THn = search(slice(None))
             index_2THc = top_candidates(scores_2THn, top_m, candidates)
-        scores_2THcr = self._exact_scores(queries_TGd, groups_2Hr, keys_2Hnrd, index_2THc)
+        scores_2THcr = exact_scores(self, queries_TGd, groups_2Hr, keys_2Hnrd, index_2THc)
         pairs = compiled_best_pairs() if compile_pairs else best_pairs
         picks_2THm, scores_THmh = pairs(core_hHrr, scores_2THcr, top_m)
         rows_THm, cols_THm = index_2THc.gather(-1, picks_2THm).unbind(0)
         return rows_THm * keys_2Hnrd.shape[2] + cols_THm, scores_THmh
-
-    def _exact_scores(
-        self, queries_TGd: Tensor, groups_2Hr: Tensor, keys_2Hnrd: Tensor, index_2THc: Tensor
-    ) -> Tensor:
-        """S_row and S_col of the candidates, (2, T, H, c, r), fp32 at least, differentiable."""
-        _, num_heads, num_keys, rank, width = keys_2Hnrd.shape
-        index_2THcr = index_2THc[..., None].expand(*index_2THc.shape, rank)
-        head = torch.arange(2 * num_heads, device=index_2THc.device).view(2, 1, num_heads, 1, 1)
-        ranks = torch.arange(rank, device=index_2THc.device)
-        row = (head * num_keys + index_2THcr) * rank + ranks
-        group = groups_2Hr[:, None, :, None, :].expand_as(row)
-        dots_TK = row_dots(
-            self,
-            queries_TGd,
-            keys_2Hnrd.reshape(-1, width),
-            row.transpose(0, 1).flatten(1),
-            group.transpose(0, 1).flatten(1),
-        )
-        return dots_TK.view(-1, 2, *index_2THcr.shape[2:]).transpose(0, 1)
 
     def shuffle(self, slots: Tensor, tables: Tensor) -> Tensor:
         """See :class:`ultramem_ds.kernels.base.Kernel`."""

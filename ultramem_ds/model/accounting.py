@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ultramem_ds.config.schema import Config, MemoryConfig
+from ultramem_ds.config.schema import Architecture, MemoryConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,7 +60,7 @@ def _memory_layer(memory: MemoryConfig, hidden: int) -> Count:
     )
 
 
-def _block(config: Config) -> Count:
+def _block(config: Architecture) -> Count:
     """One transformer block: attention 4 D^2, and an MLP of 2 D inner or a mixture of experts."""
     hidden, inner = config.model.hidden_size, config.model.inner_size
     attention = 4 * hidden * hidden
@@ -78,7 +78,7 @@ def _block(config: Config) -> Count:
     return Count(dense_params=dense, sparse_params=0, activated_params=dense, norm_params=norms)
 
 
-def count(config: Config) -> Count:
+def count(config: Architecture) -> Count:
     """Predict the size of the model that ``config`` describes.
 
     Args:
@@ -100,7 +100,7 @@ def count(config: Config) -> Count:
     )
 
 
-def training_flops_per_token(config: Config) -> int:
+def training_flops_per_token(config: Architecture) -> int:
     """Model FLOPs of one token's forward and backward, what utilisation is measured by.
 
     3 * (2 * activated matrix parameters + 2 D vocab for the head + 2 L S D for causal attention,

@@ -16,9 +16,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from ultramem_ds.config.schema import Config, MemoryConfig
+from ultramem_ds.config.schema import Architecture, MemoryConfig
 from ultramem_ds.kernels.pairs import best_pairs, top_candidates
-from ultramem_ds.model.memory.scores import ScoreForm, leading_pair, singular_vectors
+from ultramem_ds.model.memory.scores import ScoreForm, leading_singular_vectors
 
 # D hidden, L layers, H memory heads, r Tucker rank, h cores, m top-m, n keys per side, E expansion,
 # V value width, d kdim, T tokens, R rows. Y is the mean of the top-m of the candidate scores.
@@ -42,57 +42,57 @@ class Fill:
     last_row_only: bool = False
 
 
-def _matrix(config: Config) -> Fill:
+def _matrix(config: Architecture) -> Fill:
     return Fill(std=config.model.init_std)
 
 
-def _embedding(config: Config) -> Fill:
+def _embedding(config: Architecture) -> Fill:
     return Fill(std=config.model.embedding_std)
 
 
-def _residual(config: Config) -> Fill:
+def _residual(config: Architecture) -> Fill:
     return Fill(std=config.model.init_std / math.sqrt(2 * config.model.num_layers))
 
 
-def _ones(_: Config) -> Fill:
+def _ones(_: Architecture) -> Fill:
     return Fill(mean=1.0)
 
 
-def _memory_conv(_: Config) -> Fill:
+def _memory_conv(_: Architecture) -> Fill:
     return Fill(mean=1.0, last_row_only=True)  # queries begin as they are without the convolution
 
 
-def _memory_query(config: Config) -> Fill:
+def _memory_query(config: Architecture) -> Fill:
     memory = config.memory
     if memory.qk_norm == "none" and memory.init != "pkm":  # takes over the query norm's scale
         return Fill(std=query_gain(memory) / math.sqrt(config.model.hidden_size))
     return _matrix(config)
 
 
-def _memory_query_norm(config: Config) -> Fill:
+def _memory_query_norm(config: Architecture) -> Fill:
     return Fill(mean=query_gain(config.memory))
 
 
-def _memory_keys(config: Config) -> Fill:
+def _memory_keys(config: Architecture) -> Fill:
     return Fill(std=1 / math.sqrt(config.memory.kdim))
 
 
-def _memory_keys_norm(config: Config) -> Fill:
+def _memory_keys_norm(config: Architecture) -> Fill:
     return Fill(mean=1 / math.sqrt(config.memory.kdim))
 
 
-def _memory_core(config: Config) -> Fill:
+def _memory_core(config: Architecture) -> Fill:
     return core_fill(config.memory)
 
 
-def _memory_value_proj(config: Config) -> Fill:
+def _memory_value_proj(config: Architecture) -> Fill:
     memory = config.memory
     if memory.init == "pkm":
         return _residual(config)
     return Fill(std=1 / math.sqrt(memory.expansion * memory.value_dim))
 
 
-def _table(config: Config) -> Fill:
+def _table(config: Architecture) -> Fill:
     memory = config.memory
     if memory.init == "pkm":
         return Fill(std=1 / math.sqrt(memory.value_dim))
@@ -103,7 +103,7 @@ def _table(config: Config) -> Fill:
     return Fill(std=std)
 
 
-INITIALISERS: dict[str, Callable[[Config], Fill]] = {
+INITIALISERS: dict[str, Callable[[Architecture], Fill]] = {
     # name               pkm                paper              corrected
     "embedding": _embedding,  # embedding_std
     "matrix": _matrix,  # init_std
@@ -141,7 +141,7 @@ def gaussian_top_mean(num_candidates: int, top_m: int) -> float:
         The mean over 1024 draws (about 0.1% accurate).
     """
     generator = torch.Generator().manual_seed(0)
-    spacings = torch.empty(_SAMPLES, top_m, dtype=torch.float64)
+    spacings = torch.empty(_SAMPLES, top_m, dtype=torch.float64, device="cpu")
     tails = spacings.exponential_(generator=generator).cumsum(1)
     # The other N + 1 - m spacings enter by their mean: m << N (Appendix A).
     tails = tails / (tails[:, -1:] + num_candidates + 1 - top_m)
@@ -192,7 +192,7 @@ def _random_form(memory: MemoryConfig, generator: torch.Generator) -> ScoreForm:
     core = torch.empty(memory.num_cores, 1, memory.tucker_rank, memory.tucker_rank)
     _draw(core, core_fill(memory), generator)
     total = core.sum(0)
-    directions = leading_pair(singular_vectors(total), torch.zeros(2, 1, memory.tucker_rank))
+    directions = leading_singular_vectors(total, torch.zeros(2, 1, memory.tucker_rank))
     return ScoreForm(core, directions)
 
 
@@ -232,7 +232,7 @@ def _draw(out: Tensor, fill: Fill, generator: torch.Generator) -> None:
         out.copy_(draw)
 
 
-def init_parameter(name: str, param: nn.Parameter, config: Config, seed: int) -> None:
+def init_parameter(name: str, param: nn.Parameter, config: Architecture, seed: int) -> None:
     """Fill one parameter in place.
 
     Args:
@@ -254,13 +254,15 @@ def init_parameter(name: str, param: nn.Parameter, config: Config, seed: int) ->
     _draw(param, INITIALISERS[line](config), generator)
 
 
-def init_module(module: nn.Module, config: Config, seed: int) -> None:
+def init_module(module: nn.Module, config: Architecture, seed: int) -> None:
     """Fill every parameter of a module that lies whole on this process."""
     for name, param in module.named_parameters():
         init_parameter(name, param, config, seed)
 
 
-def fill_rows(out_RV: Tensor, config: Config, seed: int, table_index: int, first_row: int) -> None:
+def fill_rows(
+    out_RV: Tensor, config: Architecture, seed: int, table_index: int, first_row: int
+) -> None:
     """Fill rows ``first_row ...`` of a value table in place, the same for any split into shards.
 
     Blocks of ``TABLE_BLOCK_ROWS`` rows have a generator each; at most one block is held at a time.
@@ -284,7 +286,12 @@ def fill_rows(out_RV: Tensor, config: Config, seed: int, table_index: int, first
 
 
 def fill_block(
-    out_RC: Tensor, config: Config, seed: int, table_index: int, first_row: int, first_column: int
+    out_RC: Tensor,
+    config: Architecture,
+    seed: int,
+    table_index: int,
+    first_row: int,
+    first_column: int,
 ) -> None:
     """Fill a block of rows and columns of a value table, equal to the same cut of the whole table.
 

@@ -6,14 +6,13 @@ Letters: B sequences, S tokens per sequence, D hidden, W vocabulary.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple, Protocol, TypedDict, cast
+from typing import Any, NamedTuple, Protocol, TypedDict, cast, overload
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
-from ultramem_ds.config.schema import Config
+from ultramem_ds.config.schema import Architecture
 from ultramem_ds.model.memory.layer import MemoryLayer, PendingMemory
 from ultramem_ds.model.memory.lookup import ValueTable
 from ultramem_ds.model.moe import MixtureOfExperts
@@ -22,12 +21,15 @@ from ultramem_ds.model.roles import tag
 from ultramem_ds.model.transformer import (
     AttentionContext,
     Block,
+    BlockOutput,
     DenseMLP,
     KVSlot,
     make_linear,
     make_norm,
     rotary_tables,
 )
+
+_NO_TARGET = -100  # no token has this id
 
 
 class StepInputs(NamedTuple):
@@ -52,6 +54,24 @@ class DecodeState(Protocol):
         """Begin a forward over ``num_new`` further positions."""
         ...
 
+    def keep_conv(self, index: int, inputs_BSD: Tensor, state_BCD: Tensor | None) -> None:
+        """Take what memory layer ``index``'s convolution needs of this forward.
+
+        Args:
+            index: of ``conv``.
+            inputs_BSD: the convolution's inputs of this forward.
+            state_BCD: its last kernel - 1 inputs, those before this forward included; None
+                without a convolution.
+        """
+        ...
+
+
+class Scored(NamedTuple):
+    """A forward of :class:`LanguageModel` that gives logits instead of losses."""
+
+    state: DecodeState  # what came before, and where this forward is kept
+    picks_M: Tensor  # positions whose logits are wanted, int64 indices into the flat (B * S,)
+
 
 class LossTerms(TypedDict):
     """What one training forward returns; all 0-dim fp32 tensors but ``expert_counts``."""
@@ -66,21 +86,24 @@ class LanguageModel(nn.Module):
     """Embedding, blocks with memory layers beside them, final norm, head.
 
     Args:
-        config: resolved configuration.
+        config: what the model is; nothing of how it is trained.
         make_mlp: builds block i's MLP; the default is the one-process MLP of ``config.model.kind``.
         make_table: builds memory layer i's value table; the default is the whole table.
+
+    Attributes:
+        run_block: calls a block on its inputs (:mod:`ultramem_ds.model.recompute`).
     """
 
     def __init__(
         self,
-        config: Config,
+        config: Architecture,
         make_mlp: Callable[[int], nn.Module] | None = None,
         make_table: Callable[[int], ValueTable] | None = None,
     ) -> None:
         super().__init__()
         model, memory = config.model, config.memory
         self.config = config
-        self.recompute_blocks = False  # in the backward; a trainer may set it
+        self.run_block: Callable[..., BlockOutput] = _run
         make_mlp = make_mlp or (lambda _: local_mlp(config))
         make_table = make_table or (
             lambda i: ValueTable(memory.num_rows, memory.value_dim, table_index=i)
@@ -134,52 +157,78 @@ class LanguageModel(nn.Module):
             positions_BS, model.head_dim, model.rope_theta, x_BSD.dtype
         )
         context = AttentionContext(cos_BSK, sin_BSK, mask_BSS)
-        recompute = self.recompute_blocks and self.training
         memories = self.memory_layers
         pending: dict[int, PendingMemory] = {}
         balance, counts, aux = [], [], []
         for i, block in enumerate(self.blocks):
             kv = None if state is None else state.kv[i]
-            if recompute:
-                out = checkpoint(block, x_BSD, context, kv, use_reentrant=False)
-            else:
-                out = block(x_BSD, context, kv)
+            out = self.run_block(block, x_BSD, context, kv)
             x_BSD = out.x_BSD
-            if out.balance_loss is not None:
+            if out.balance_loss is not None and out.expert_counts is not None:
                 balance.append(out.balance_loss)
                 counts.append(out.expert_counts)
             for j in self.placement.starts[i]:
                 conv = None if state is None else state.conv[j]
                 pending[j] = memories[j].start(out.mlp_input_BSD, doc_boundaries_BS, conv)
                 if state is not None:
-                    state.conv[j] = pending[j].conv_state
+                    state.keep_conv(j, out.mlp_input_BSD, pending[j].conv_state)
                 aux.append(pending[j].aux_loss)
             for j in self.placement.finishes[i]:
-                x_BSD = x_BSD + memories[j].finish(pending.pop(j))
+                x_BSD = x_BSD + memories[j].finish(pending.pop(j), x_BSD)
         return self.final_norm(x_BSD), balance, counts, aux
 
     def logits(self, tokens_BS: Tensor, state: DecodeState | None = None) -> Tensor:
         """Logits of every position, ``(B, S, W)``; padded vocabulary entries are not masked."""
         return self.head(self.hidden(tokens_BS, state=state)[0])
 
+    @overload
     def forward(
         self,
         tokens_BS1: Tensor,
         doc_ids_BS: Tensor | None = None,
         positions_BS: Tensor | None = None,
+        loss_mask_BS: Tensor | None = None,
         vocab_limit: int | None = None,
-    ) -> LossTerms:
+    ) -> LossTerms: ...
+
+    @overload
+    def forward(self, tokens_BS1: Tensor, *, scored: Scored) -> Tensor: ...
+
+    def forward(
+        self,
+        tokens_BS1: Tensor,
+        doc_ids_BS: Tensor | None = None,
+        positions_BS: Tensor | None = None,
+        loss_mask_BS: Tensor | None = None,
+        vocab_limit: int | None = None,
+        scored: Scored | None = None,
+    ) -> LossTerms | Tensor:
         """Next-token losses of ``(B, S + 1)`` token ids; see :meth:`hidden` for the rest.
 
+        The loss is the mean over the targets, with ``loss_mask_BS`` (bool) over those it marks,
+        and 0 if it marks none.
+
         ``vocab_limit`` masks the logits of the vocabulary's padding (evaluation); training leaves
-        them in.
+        them in. With ``scored`` the ids are ``(B, S)`` further tokens and the result is the logits
+        ``(M, W)`` of the picked positions, padding not masked: one call of the module, so that it
+        works under ZeRO-3 as well.
         """
+        if scored is not None:
+            x_BSD = self.hidden(tokens_BS1, state=scored.state)[0]
+            logits_MW: Tensor = self.head(x_BSD.flatten(0, 1)[scored.picks_M])
+            return logits_MW
         inputs_BS, targets_BS = tokens_BS1[:, :-1], tokens_BS1[:, 1:]
         x_BSD, balance, counts, aux = self.hidden(inputs_BS, doc_ids_BS, positions_BS)
         logits_BSW = self.head(x_BSD)
-        loss = F.cross_entropy(
-            logits_BSW[..., :vocab_limit].float().flatten(0, 1), targets_BS.reshape(-1)
-        )
+        scores_TW, targets_T = logits_BSW[..., :vocab_limit].flatten(0, 1), targets_BS.reshape(-1)
+        if loss_mask_BS is None:
+            loss = F.cross_entropy(scores_TW.float(), targets_T)
+        else:
+            targets_T = targets_T.masked_fill(~loss_mask_BS.flatten(), _NO_TARGET)
+            total = F.cross_entropy(
+                scores_TW.float(), targets_T, ignore_index=_NO_TARGET, reduction="sum"
+            )
+            loss = total / loss_mask_BS.sum().clamp_min(1)
         zero = loss.new_zeros(())
         config = self.config
         return LossTerms(
@@ -204,7 +253,12 @@ class LanguageModel(nn.Module):
             memory.mark_stale()
 
 
-def local_mlp(config: Config) -> nn.Module:
+def _run(block: nn.Module, *inputs: Any) -> BlockOutput:
+    out: BlockOutput = block(*inputs)
+    return out
+
+
+def local_mlp(config: Architecture) -> nn.Module:
     """The one-process MLP of a block."""
     if config.model.kind == "moe":
         return MixtureOfExperts(config.model, config.moe)

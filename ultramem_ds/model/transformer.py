@@ -65,10 +65,11 @@ def rotary_tables(
     return angles_BSK.cos().to(dtype), angles_BSK.sin().to(dtype)
 
 
-def _rotate(x_BASK: Tensor, context: AttentionContext) -> Tensor:
+def rotate(x_BASK: Tensor, cos_BSK: Tensor, sin_BSK: Tensor) -> Tensor:
+    """Turn queries or keys ``(B, A, S, K)`` by their positions' angles; see ``rotary_tables``."""
     half = x_BASK.shape[-1] // 2
     turned = torch.cat((-x_BASK[..., half:], x_BASK[..., :half]), dim=-1)
-    return x_BASK * context.cos_BSK.unsqueeze(1) + turned * context.sin_BSK.unsqueeze(1)
+    return x_BASK * cos_BSK.unsqueeze(1) + turned * sin_BSK.unsqueeze(1)
 
 
 def make_norm(kind: Literal["layernorm", "rmsnorm"], width: int, eps: float) -> nn.Module:
@@ -104,7 +105,8 @@ class Attention(nn.Module):
         B, S, D = x_BSD.shape
         qkv = self.qkv_proj(x_BSD).view(B, S, 3, self.num_heads, D // self.num_heads)
         q_BASK, k_BASK, v_BASK = qkv.permute(2, 0, 3, 1, 4).unbind(0)
-        return _rotate(q_BASK, context), _rotate(k_BASK, context), v_BASK
+        cos_BSK, sin_BSK = context.cos_BSK, context.sin_BSK
+        return rotate(q_BASK, cos_BSK, sin_BSK), rotate(k_BASK, cos_BSK, sin_BSK), v_BASK
 
     def forward(self, x_BSD: Tensor, context: AttentionContext, kv: KVSlot | None = None) -> Tensor:
         """Attend causally; ``(B, S, D)`` to ``(B, S, D)``."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 
@@ -23,7 +24,17 @@ class Decision:
 
     @property
     def grad_scale(self) -> float:
-        """What DeepSpeed multiplies gradients by to clip them."""
+        """What gradients are multiplied by to clip them."""
         if self.clip_grad <= 0:
             return 1.0
         return 1.0 / max(1.0, (self.grad_norm + 1e-6) / self.clip_grad)
+
+    def to_numbers(self) -> tuple[float, ...]:
+        """For a broadcast."""
+        return (self.grad_norm, float(self.apply), self.clip_grad, float(self.spike))
+
+    @classmethod
+    def of_numbers(cls, numbers: Sequence[float]) -> Decision:
+        """The reverse."""
+        grad_norm, apply, clip_grad, spike = numbers
+        return cls(grad_norm, bool(apply), clip_grad, bool(spike))

@@ -3,19 +3,27 @@
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 
 import psutil
 import torch
 
 from ultramem_ds.config.deepspeed import BatchPlan
 from ultramem_ds.config.schema import Config
+from ultramem_ds.sharding.comm import Comm
 
 
-def plan_batches(config: Config, world_size: int) -> BatchPlan:
+def plan_batches(config: Config, world_size: int, free_bytes: int | None = None) -> BatchPlan:
     """Cut the global batch into micro-batches.
 
     ``train.micro_batch_size=auto`` takes the largest size that divides ``global_batch_size /
-    world_size`` and whose activations fit into half of this process's share of free memory.
+    world_size`` and whose activations fit into half of a rank's free memory. Ranks may see
+    different amounts: a run asks :func:`agree_on_batches`.
+
+    Args:
+        config: resolved configuration.
+        world_size: all ranks.
+        free_bytes: memory that a rank may count on; None asks this machine.
 
     Raises:
         ValueError: if the ranks and micro-batches do not divide the global batch.
@@ -29,7 +37,8 @@ def plan_batches(config: Config, world_size: int) -> BatchPlan:
     per_rank = G // world_size
     asked = config.train.micro_batch_size
     if asked == "auto":
-        limit = _free_bytes_per_rank() // 2 // activation_bytes_per_sequence(config)
+        free_bytes = free_bytes_per_rank() if free_bytes is None else free_bytes
+        limit = free_bytes // 2 // activation_bytes_per_sequence(config)
         micro = max(d for d in range(1, per_rank + 1) if per_rank % d == 0 and d <= max(1, limit))
     else:
         micro = asked
@@ -39,6 +48,36 @@ def plan_batches(config: Config, world_size: int) -> BatchPlan:
             f"{world_size} ranks = {per_rank}"
         )
     return BatchPlan(G, micro, per_rank // micro)
+
+
+def agree_on_batches(
+    config: Config, comm: Comm, device: torch.device, recorded: int = 0
+) -> BatchPlan:
+    """The same plan on every rank: rank 0 decides, on the least memory that any rank has free.
+
+    Args:
+        config: resolved configuration.
+        comm: all ranks, with their devices set.
+        device: where this rank computes.
+        recorded: sequences per forward in the checkpoint that is resumed, which ``auto`` keeps
+            where it divides the batch; 0 without one.
+
+    Raises:
+        ValueError: on every rank, see :func:`plan_batches`.
+    """
+    if config.train.micro_batch_size != "auto":
+        return plan_batches(config, comm.world_size)
+    free = torch.tensor(-float(free_bytes_per_rank()), dtype=torch.float64, device=device)
+    batches = plan_batches(config, comm.world_size, -int(comm.all_reduce_max_(free)))
+    if recorded and config.train.global_batch_size // comm.world_size % recorded == 0:
+        batches = plan_batches(
+            replace(config, train=replace(config.train, micro_batch_size=recorded)),
+            comm.world_size,
+        )
+    micro, steps = map(
+        int, comm.numbers_from_first([batches.micro_batch_size, batches.accumulation_steps])
+    )
+    return BatchPlan(batches.global_batch_size, micro, steps)
 
 
 def activation_bytes_per_sequence(config: Config) -> int:
@@ -64,7 +103,8 @@ def activation_bytes_per_sequence(config: Config) -> int:
     return per_token * model.seq_len
 
 
-def _free_bytes_per_rank() -> int:
+def free_bytes_per_rank() -> int:
+    """Free memory of the current device, or this process's share of the machine's."""
     if torch.cuda.is_available():
         return int(torch.cuda.mem_get_info()[0])
     return int(psutil.virtual_memory().available) // max(1, _local_world_size())

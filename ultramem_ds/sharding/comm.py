@@ -176,6 +176,14 @@ class Comm:
         dist.broadcast_object_list(holder, self.global_rank(0), self.group, self._device)
         return holder[0]
 
+    def numbers_from_first(self, mine: Sequence[float]) -> list[float]:
+        """What the group's first rank hands in, fp64; as many on every rank."""
+        numbers = torch.tensor(mine, dtype=torch.float64, device=self._device)
+        if self.world_size > 1:
+            dist.broadcast(numbers, self.global_rank(0), group=self.group)
+        found: list[float] = numbers.tolist()
+        return found
+
     @property
     def _device(self) -> torch.device:
         """Where the backend of the group takes tensors."""

@@ -54,6 +54,22 @@ class TableShard:
         self.replicas = replicas
         self._read = read
         self._grad_RV: Tensor | None = None
+        self._lend_buffer: Callable[[], Tensor] | None = None
+
+    def borrow_gradient(self, lend: Callable[[], Tensor]) -> None:
+        """Accumulate where the optimizer reads, from the next step on: one buffer, no copy.
+
+        Args:
+            lend: returns the buffer, fp32 and of ``layout.shape``'s number of elements; asked for
+                once per optimizer step, its content is overwritten.
+        """
+        self._lend_buffer = lend
+        self._grad_RV = None
+
+    @property
+    def borrows_gradient(self) -> bool:
+        """Whether the optimizer reads the gradient where it accumulates."""
+        return self._lend_buffer is not None
 
     def values(self) -> Tensor:
         """values_RV, this rank's block in the parameter's dtype, detached from any graph."""
@@ -62,16 +78,22 @@ class TableShard:
     @property
     def grad_RV(self) -> Tensor:
         """The accumulation buffer (R, V), fp32 (fp64 for an fp64 table); zeros at first use."""
-        if self._grad_RV is None:
+        if self._grad_RV is None and self._lend_buffer is not None:
+            self._grad_RV = self._lend_buffer().view(self.layout.shape).zero_()
+        elif self._grad_RV is None:
             values = self._read()
             dtype = torch.promote_types(values.dtype, torch.float32)
             self._grad_RV = resident_zeros(self.layout.shape, dtype, values.device)
+        assert self._grad_RV is not None
         return self._grad_RV
 
     def open(self, rows: Tensor) -> OpenShard:
         """Begin a lookup of ``rows`` (int64, any shape), numbered within this shard."""
         sink = self.grad_RV if torch.is_grad_enabled() else None
         return OpenShard(self.values(), rows, sink)
+
+    def close(self) -> None:
+        """A lookup that was opened for training has had its backward."""
 
     def reduced_gradient(self) -> Tensor:
         """``grad_RV`` summed over all copies of the table, in place: over all tokens of all ranks.
@@ -82,7 +104,9 @@ class TableShard:
 
     def zero_gradient(self) -> None:
         """Empties the buffer, to be called once its content has been published."""
-        if self._grad_RV is not None:
+        if self.borrows_gradient:
+            self._grad_RV = None
+        elif self._grad_RV is not None:
             self._grad_RV.zero_()
 
     def release_gradient(self) -> None:

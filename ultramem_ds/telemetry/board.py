@@ -20,6 +20,7 @@ from ultramem_ds.model.accounting import count
 
 # TensorBoard sorts groups by name and opens the first two: the numbers put what matters first.
 VALIDATION_GROUP = "2_validation"
+TASKS_GROUP = "2_tasks"
 
 # Key of metrics.jsonl -> (tag, factor to the tag's unit).
 _TAGS: dict[str, tuple[str, float]] = {
@@ -53,6 +54,7 @@ _LAYOUT = {
         "training loss (nats per token)": ["Multiline", ["1_loss/train"]],
         "validation loss (nats per token)": ["Multiline", ["2_validation/all"]],
         "validation loss by subset": ["Multiline", [r"2_validation/(?!all$).*"]],
+        "benchmark tasks": ["Multiline", [r"2_tasks/.*"]],
     },
     "2 Stability": {
         "gradient norm before clipping": ["Multiline", ["5_grad_norm/total"]],

@@ -13,7 +13,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from ultramem_ds.telemetry.board import VALIDATION_GROUP, Board, scalars
+from ultramem_ds.telemetry.board import TASKS_GROUP, VALIDATION_GROUP, Board, scalars
 from ultramem_ds.utils.lines import LineFile
 
 METRICS = "metrics.jsonl"
@@ -96,4 +96,10 @@ class MetricsWriter:
         self._board.write(
             step, {f"{VALIDATION_GROUP}/{name}": loss for name, loss in losses.items()}
         )
+        self._board.flush()
+
+    def write_tasks(self, step: int, scores: dict[str, float]) -> None:
+        """Write results of benchmark tasks by ``task/metric``, a line of its own."""
+        self._validation.write(json.dumps({"step": step, "tasks": scores}))
+        self._board.write(step, {f"{TASKS_GROUP}/{name}": score for name, score in scores.items()})
         self._board.flush()

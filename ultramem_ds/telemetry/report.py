@@ -8,7 +8,9 @@ from statistics import median
 from typing import Any
 
 from ultramem_ds.config.load import load_run_config
+from ultramem_ds.telemetry.markdown import markdown_table
 from ultramem_ds.telemetry.metrics import METRICS, VALIDATION, read_lines
+from ultramem_ds.telemetry.task_curves import TASKS_PLOT, plot_tasks, tasks_table
 from ultramem_ds.utils.files import read_json, write_text
 
 # In the order of a step.
@@ -23,11 +25,13 @@ def read_run(run_dir: Path) -> dict[str, Any]:
     """
     config = load_run_config(run_dir / "config.json")
     summary_file = run_dir / "summary.json"
+    validation = read_lines(run_dir / VALIDATION)
     return {
         "name": run_dir.name,
         "preset": config.preset,
         "metrics": read_lines(run_dir / METRICS),
-        "validation": read_lines(run_dir / VALIDATION),
+        "validation": [record for record in validation if "all" in record],
+        "tasks": [record for record in validation if "tasks" in record],
         "summary": read_json(summary_file) if summary_file.exists() else {},
     }
 
@@ -108,21 +112,6 @@ def plot_speed(runs: Sequence[dict[str, Any]], path: Path) -> None:
     temporary.replace(path)
 
 
-def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A Markdown table with right-aligned columns but the first, padded to be read as text."""
-    columns = list(zip(header, *rows))
-    widths = [max(len(cell) for cell in column) for column in columns]
-
-    def line(cells: Sequence[str]) -> str:
-        padded = [
-            c.ljust(w) if i == 0 else c.rjust(w) for i, (c, w) in enumerate(zip(cells, widths))
-        ]
-        return "| " + " | ".join(padded) + " |"
-
-    rule = ["-" * w if i == 0 else "-" * (w - 1) + ":" for i, w in enumerate(widths)]
-    return "\n".join([line(header), line(rule), *map(line, rows)]) + "\n"
-
-
 def write_report(run_dirs: Sequence[Path], output: Path) -> list[Path]:
     """Write ``losses.png``, ``speed.png`` and ``report.md`` on the given runs into ``output``."""
     runs = [read_run(path) for path in run_dirs]
@@ -163,8 +152,15 @@ def write_report(run_dirs: Sequence[Path], output: Path) -> list[Path]:
             "![speed](speed.png)\n",
         ]
     )
+    written = [output / "report.md", output / "losses.png", output / "speed.png"]
+    if any(run["tasks"] for run in runs):
+        plot_tasks(runs, output / TASKS_PLOT)
+        text += "\n".join(
+            ["\n## Benchmark tasks\n", tasks_table(runs), f"![tasks]({TASKS_PLOT})\n"]
+        )
+        written.append(output / TASKS_PLOT)
     write_text(output / "report.md", text)
-    return [output / "report.md", output / "losses.png", output / "speed.png"]
+    return written
 
 
 def _number(value: float | None, form: str) -> str:

@@ -38,7 +38,7 @@ class RankFailureError(AssertionError):
 
 
 def run_ranks(
-    body: Callable[..., Any], world_size: int, *args: Any, timeout_s: float = 120.0
+    body: Callable[..., Any], world_size: int, *args: Any, timeout_s: float = 300.0
 ) -> list[Any]:
     """Calls ``body(rank, world_size, *args)`` on ``world_size`` gloo ranks.
 

@@ -18,7 +18,7 @@ from ultramem_ds.checkpoint.saver import Saver
 from ultramem_ds.config.deepspeed import BatchPlan, engine_config, zero_stage
 from ultramem_ds.config.load import to_dict
 from ultramem_ds.config.schema import Config
-from ultramem_ds.data.loader import MicroBatch
+from ultramem_ds.data.micro_batch import MicroBatch
 from ultramem_ds.data.skips import NO_SKIPS, SkipRanges
 from ultramem_ds.model.lm import LanguageModel
 from ultramem_ds.optim.decision import Decision
@@ -106,12 +106,18 @@ class TrainEngine:
         self.telemetry = Telemetry(config, ranks, parallel, phases)
         self.comm = Comm()
         self.guard = StepGuard(config.train, config.optim.clip_grad)
-        self.gate = StepGate(parallel.engine, self.guard.judge)
+        self.gate = StepGate(
+            parallel.engine,
+            self.guard,
+            self.comm,
+            parallel.tables.joined_norm if parallel.tables is not None else None,
+        )
         self.engine = parallel.engine
-        self.model.recompute_blocks = config.train.activation_checkpointing
         self.tables = parallel.tables
         self.partition = parallel.partition
-        self.statistics = MemoryStatistics(self.model, self.comm, ranks.device)
+        self.table_comms = parallel.table_comms
+        readers = self.tables.readers(self.model.memory_layers) if self.tables is not None else {}
+        self.statistics = MemoryStatistics(self.model, self.comm, ranks.device, readers)
         self.checkpoint = EngineCheckpoint(
             self.engine, parallel.zero, parallel.own_states, parameter_records(config), self.comm
         )
@@ -131,6 +137,11 @@ class TrainEngine:
         model: LanguageModel = self.engine.module
         return model
 
+    @property
+    def table_place(self) -> int:
+        """This rank's place among those that share a copy of the tables; 0 without any."""
+        return self.table_comms[0].rank if self.table_comms else 0
+
     def train_step(self, micro_batches: Iterator[MicroBatch], step: int) -> StepResult:
         """Take optimizer step ``step`` (counted from 0) on the next micro-batches."""
         self.engine.train()
@@ -139,13 +150,15 @@ class TrainEngine:
         sums = torch.zeros(3, device=self.ranks.device)
         counts: Tensor | None = None
         losses: list[tuple[tuple[int, ...], Tensor]] = []
+        weighted = self._weighted(micro_batches)
         for index in range(self.batches.accumulation_steps):
             with self.phases("data"):
-                batch = next(micro_batches)
-                inputs = self._inputs(batch)
+                batch, weight = next(weighted)
+                inputs = batch.to(self.ranks.device).model_inputs
             with self.phases("forward"):
                 terms = self.engine(*inputs)
             with self.phases("backward"):
+                terms["loss"] = terms["loss"] * weight
                 total = terms["loss"] + terms["aux_loss"] + terms["balance_loss"]
                 self.engine.backward(poison_unless_finite(total))
             losses.append((batch.sample_ids, total.detach()))
@@ -185,17 +198,30 @@ class TrainEngine:
             memory=self.statistics.after_step(step),
         )
 
+    def _weighted(self, micro_batches: Iterator[MicroBatch]) -> Iterator[tuple[MicroBatch, float]]:
+        """A step's micro-batches, each with the factor of its mean loss.
+
+        The engine averages over micro-batches and ranks. Where only some targets count, a
+        micro-batch weighs as many as it has: the step's loss is the mean over all of them. Then
+        their number is needed first, so that all micro-batches are read; a collective.
+        """
+        steps = self.batches.accumulation_steps
+        first = next(micro_batches)
+        if first.loss_mask is None:
+            yield first, 1.0
+            yield from ((next(micro_batches), 1.0) for _ in range(steps - 1))
+            return
+        batches = [first, *(next(micro_batches) for _ in range(steps - 1))]
+        mine = sum(batch.num_targets for batch in batches)
+        total = torch.tensor(float(mine), dtype=torch.float64, device=self.ranks.device)
+        scale = self.ranks.world_size * steps / max(1.0, float(self.comm.all_reduce_(total)))
+        yield from ((batch, batch.num_targets * scale) for batch in batches)
+
     def _suspects(self, losses: list[tuple[tuple[int, ...], Tensor]]) -> dict[int, tuple[int, ...]]:
         """Samples of micro-batches whose loss is not finite, by rank; a collective."""
         mine = [ids for samples, loss in losses if not loss.isfinite() for ids in samples]
         found = self.comm.gather_objects(tuple(mine))
         return {rank: samples for rank, samples in enumerate(found) if samples}
-
-    def _inputs(self, batch: MicroBatch) -> tuple[Tensor | None, ...]:
-        tensors = (batch.tokens, batch.doc_ids, batch.positions)
-        return tuple(
-            t if t is None else t.to(self.ranks.device, non_blocking=True) for t in tensors
-        )
 
     def _set_learning_rates(self, step: int) -> dict[str, float]:
         """Set this step's rates on the optimizer's groups; returns them by schedule."""
@@ -250,6 +276,7 @@ class TrainEngine:
             config=to_dict(self.config),
             skipped_samples=[list(r) for r in skips.ranges],
             guard=self.guard.state(),
+            micro_batch_size=self.batches.micro_batch_size,
         )
         self.saver.begin(run_dir, state, {_rng_file(self.ranks): _rng_states(self.ranks)})
         if wait:

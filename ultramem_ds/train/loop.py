@@ -12,9 +12,11 @@ import torch
 from ultramem_ds.checkpoint import directory as checkpoints
 from ultramem_ds.config.load import to_dict
 from ultramem_ds.data.loader import BatchLoader
+from ultramem_ds.data.micro_batch import Boundaries
 from ultramem_ds.data.mixture import Mixture
 from ultramem_ds.data.skips import Range, SkipRanges, format_ranges
 from ultramem_ds.data.tokenizers import load_tokenizer
+from ultramem_ds.planning.batches import agree_on_batches
 from ultramem_ds.sharding.comm import Comm
 from ultramem_ds.telemetry.board import hyper_parameters
 from ultramem_ds.telemetry.memory_use import peak_memory_bytes
@@ -22,6 +24,7 @@ from ultramem_ds.telemetry.metrics import MetricsWriter
 from ultramem_ds.telemetry.phases import Phases
 from ultramem_ds.train.engine import StepResult, TrainEngine
 from ultramem_ds.train.evaluate import Reader, SubsetLoss, evaluate
+from ultramem_ds.train.judge import Judge, MakeJudge
 from ultramem_ds.train.rollback import roll_back
 from ultramem_ds.train.run import Run, skips_of
 from ultramem_ds.utils.files import write_json
@@ -32,16 +35,28 @@ from ultramem_ds.watch.roster import Roster
 from ultramem_ds.watch.runlock import only_job
 from ultramem_ds.watch.signals import StopRequest
 from ultramem_ds.watch.watchdog import Watchdog
-from ultramem_ds.zero.replicated import replicated
+from ultramem_ds.zero.replicated import replicated, replicated_blocks
 from ultramem_ds.zero.runtime import Ranks, runtime
 
 
-def train(run: Run) -> dict[str, Any]:
+def train(run: Run, make_judge: MakeJudge | None = None) -> dict[str, Any]:
     """Train to ``train.max_steps`` (or ``train.stop_at_step``); returns the run's summary.
+
+    Args:
+        run: checked.
+        make_judge: evaluates ``train.tasks``.
 
     Returns:
         ``{step, val_loss, tokens_per_s, peak_memory_bytes, ...}``, the same on every rank.
+
+    Raises:
+        ValueError: on every rank: the run directory or ``train.tasks`` cannot be used.
     """
+    judge: Judge | None = None
+    if run.config.train.tasks:
+        if make_judge is None:
+            raise ValueError("train.tasks needs make_judge, as the train verb gives it")
+        judge = make_judge(run)
     phases = Phases()
     stop = StopRequest()
     with stop.listening(), runtime() as ranks, contextlib.ExitStack() as stack:
@@ -49,6 +64,8 @@ def train(run: Run) -> dict[str, Any]:
         job = ""
         with comm.raising_together(ValueError), comm.raising_together(OSError):
             if ranks.is_main:
+                if judge is not None:
+                    judge.prepare()
                 stack.enter_context(only_job(run.run_dir))
                 job = _prepare_run_dir(run)
         job = comm.from_first(job)
@@ -57,15 +74,18 @@ def train(run: Run) -> dict[str, Any]:
         # view of a shared one may be older.
         latest = checkpoints.newest_readable(run.run_dir) if ranks.is_main else None
         latest = comm.from_first(latest)
-        return _train(replace(run, resume_from=latest), ranks, phases, stop)
+        return _train(replace(run, resume_from=latest), ranks, phases, stop, judge)
 
 
-def _train(run: Run, ranks: Ranks, phases: Phases, stop: StopRequest) -> dict[str, Any]:
+def _train(
+    run: Run, ranks: Ranks, phases: Phases, stop: StopRequest, judge: Judge | None
+) -> dict[str, Any]:
     """What every rank does, from an empty process group to the summary."""
     config = run.config
-    done_step = 0
+    done_step = recorded = 0
     if run.resume_from is not None:
-        done_step = checkpoints.read_trainer_state(run.resume_from).step
+        state = checkpoints.read_trainer_state(run.resume_from)
+        done_step, recorded = state.step, state.micro_batch_size
     last_step = config.train.max_steps
     if config.train.stop_at_step:
         last_step = min(last_step, config.train.stop_at_step)
@@ -73,17 +93,19 @@ def _train(run: Run, ranks: Ranks, phases: Phases, stop: StopRequest) -> dict[st
         if ranks.is_main:
             print(f"{run.run_dir} is finished: step {done_step} of {last_step}", flush=True)
         return {"step": done_step}
+    batches = agree_on_batches(config, Comm(), ranks.device, recorded)
+    run = replace(run, batches=batches)
     engine = TrainEngine(config, ranks, run.deepspeed_json, run.batches, phases, stop)
-    state = None
+    loaded = None
     if run.resume_from is not None:
-        state = engine.load_last_good(run.run_dir)
-        done_step = state.step
+        loaded = engine.load_last_good(run.run_dir)
+        done_step = loaded.step
         if ranks.is_main:
             print(f"resuming {run.run_dir} from step {done_step}", flush=True)
-    skips = skips_of(run.skip_samples, state)
+    skips = skips_of(run.skip_samples, loaded)
     if skips.ranges and ranks.is_main:
         print(f"jumping over samples {format_ranges(skips.ranges)}", flush=True)
-    return _Loop(run, ranks, engine, run.mixture, skips, done_step, last_step).run_to_end()
+    return _Loop(run, ranks, engine, run.mixture, skips, done_step, last_step, judge).run_to_end()
 
 
 def _prepare_run_dir(run: Run) -> str:
@@ -106,6 +128,7 @@ class _Loop:
         skips: SkipRanges,
         done_step: int,
         last_step: int,
+        judge: Judge | None = None,
     ) -> None:
         self.run = run
         self.config = run.config
@@ -113,12 +136,15 @@ class _Loop:
         self.engine = engine
         self.mixture = mixture
         self.skips = skips
+        self.judge = judge
         self.rollbacks = 0
         self.desync = DesyncGuard(
             engine.comm,
             ranks.device,
             lambda: replicated(engine.model),
             run.config.train.desync_every,
+            lambda: replicated_blocks(engine.model, engine.tables),
+            engine.table_place,
         )
         self.done_step = done_step
         self.last_step = last_step
@@ -155,8 +181,7 @@ class _Loop:
             start_step=self.done_step,
             num_workers=self.config.data.num_workers,
             prefetch=self.config.data.prefetch,
-            document_mask=self.config.data.document_mask,
-            reset_positions=self.config.data.reset_positions,
+            boundaries=Boundaries.of(self.config.data),
             skips=self.skips,
         )
         try:
@@ -189,7 +214,11 @@ class _Loop:
             if step % train.log_every == 0 or last or step == self.done_step + 1:
                 print(self._console_line(step, result), flush=True)
         self.engine.guard.check()
-        if (train.eval_every and step % train.eval_every == 0) or step == train.max_steps:
+        if self.judge is not None and self._due(step, train.tasks_every):
+            with self.engine.phases("tasks"):
+                self._run_tasks(step, self.judge, writer)
+            self.engine.telemetry.charge("tasks")
+        if self._due(step, train.eval_every):
             with self.engine.phases("validate"):
                 self._validate(step, writer)
             self.engine.telemetry.charge("validate")
@@ -202,6 +231,10 @@ class _Loop:
                 self.engine.save(
                     self.run.run_dir, step, self.mixture.fingerprint, self.skips, wait=final
                 )
+
+    def _due(self, step: int, every: int) -> bool:
+        """Whether what is done every so many steps, and at the end of the schedule, is due."""
+        return bool(every and step % every == 0) or step == self.config.train.max_steps
 
     def _stopped(self, step: int) -> dict[str, Any]:
         """A signal ended the run between its steps."""
@@ -223,7 +256,9 @@ class _Loop:
             "learning rates": digest([g["lr"] for g in engine.engine.optimizer.param_groups]),
         }
         if at_start:
-            items["configuration"] = digest((to_dict(self.config), self.run.deepspeed_json))
+            items["configuration"] = digest(
+                (to_dict(self.config), self.run.deepspeed_json, self.run.batches)
+            )
             items["code"] = code_digest()
         self.desync.compare(items, everything=at_start)
 
@@ -280,6 +315,13 @@ class _Loop:
             f"ETA {eta_s // 3600:d}:{eta_s // 60 % 60:02d}:{eta_s % 60:02d}"
         )
 
+    def _run_tasks(self, step: int, judge: Judge, writer: MetricsWriter | None) -> None:
+        scores = judge.evaluate(self.engine)
+        if writer is not None:
+            writer.write_tasks(step, scores)
+            parts = "  ".join(f"{name} {score:.4f}" for name, score in scores.items())
+            print(f"{self.config.preset} step {step:>6} tasks  {parts}", flush=True)
+
     def _validate(self, step: int, writer: MetricsWriter | None) -> None:
         losses = self.losses()
         if "all" not in losses:
@@ -295,12 +337,12 @@ class _Loop:
         self.engine.engine.eval()
         limit = self.run.vocab_size
         return evaluate(
-            lambda tokens: self.engine.model(tokens, vocab_limit=limit)["loss"],
+            lambda batch: self.engine.model(*batch.model_inputs, vocab_limit=limit)["loss"],
             self.run.data_dir,
-            self.config.model.seq_len,
-            self.run.batches.micro_batch_size,
-            self.config.train.eval_sequences,
-            Reader(
+            self.config,
+            micro_batch_size=self.run.batches.micro_batch_size,
+            max_sequences=self.config.train.eval_sequences,
+            reader=Reader(
                 self.ranks.rank,
                 self.ranks.world_size,
                 self.ranks.device,

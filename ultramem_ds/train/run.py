@@ -22,13 +22,12 @@ from ultramem_ds.config.deepspeed import (
 )
 from ultramem_ds.config.load import changed_keys, from_dict, to_dict
 from ultramem_ds.config.schema import Config
-from ultramem_ds.data.manifest import load_manifest
 from ultramem_ds.data.mixture import Mixture
+from ultramem_ds.data.same_tokenizer import data_tokenizer, require_same
 from ultramem_ds.data.skips import Range, SkipRanges
-from ultramem_ds.data.tokenizers import load_tokenizer
 from ultramem_ds.kernels.registry import resolve
 from ultramem_ds.planning.batches import plan_batches
-from ultramem_ds.planning.experts import expert_parallel_size
+from ultramem_ds.planning.experts import expert_layout
 from ultramem_ds.planning.planner import resolve_partition
 from ultramem_ds.telemetry.peak_flops import peak_from_environment
 from ultramem_ds.zero.deepspeed_import import check_engine_config
@@ -36,11 +35,18 @@ from ultramem_ds.zero.deepspeed_import import check_engine_config
 # On resume these keys may differ; any other changed key is refused by name.
 RESUMABLE_KEYS = frozenset(
     {
+        "memory.memory_gb_per_s",
         "memory.partition",
+        "memory.rates_file",
         "memory.shard_group_size",
+        "memory.wire_gb_per_s",
         "train.micro_batch_size",
         "train.save_every",
         "train.stop_at_step",
+        "train.task_data",
+        "train.tasks",
+        "train.tasks_every",
+        "train.tasks_limit",
     }
 )
 
@@ -90,11 +96,10 @@ def prepare_run(
     deepspeed_json = load_deepspeed_json(deepspeed_file, config.model.kind)
     check_stage(config.model.kind, zero_stage(deepspeed_json))
     if config.model.kind == "moe":
-        expert_parallel_size(config, world_size)
+        expert_layout(config, world_size)
     batches = plan_batches(config, world_size)
     check_engine_config(engine_config(deepspeed_json, config, batches))
-    load_manifest(data_dir)
-    tokenizer = load_tokenizer(data_dir)
+    tokenizer = data_tokenizer(data_dir)
     if tokenizer.vocab_size > config.model.vocab_size:
         raise ValueError(
             f"the tokenizer of {data_dir} has {tokenizer.vocab_size} entries but "
@@ -114,6 +119,7 @@ def prepare_run(
     )
     resume_from = checkpoints.newest_readable(run_dir)
     if resume_from is not None:
+        require_same(run_dir, tokenizer, data_dir)
         _check_data(resume_from, mixture)
         _check_unchanged(resume_from, config)
         skips_of(skip_samples, checkpoints.read_trainer_state(resume_from))
@@ -155,7 +161,7 @@ def _check_lookups(config: Config, world_size: int) -> None:
 
 def _check_data(checkpoint: Path, mixture: Mixture) -> None:
     old = checkpoints.read_trainer_state(checkpoint).data_fingerprint
-    if old != mixture.fingerprint:
+    if old and old != mixture.fingerprint:  # none: an imported model, which has seen no data here
         raise ValueError(
             f"{checkpoint} was trained on other data (fingerprint {old[:12]}, here "
             f"{mixture.fingerprint[:12]}); use the same --data or another --run-dir"

@@ -8,7 +8,8 @@ spike and ``train.grad_spike=skip``. A norm is a spike beyond
 of the last 128 norms, once there are 20. A spike enters that history as the limit it broke, so that
 a lasting change of level is followed and not refused for ever.
 
-Everything here is a function of norms that all ranks know: they decide alike.
+Rank 0 decides; every rank remembers the norm that was decided about, so that their states stay
+alike.
 """
 
 from __future__ import annotations
@@ -123,14 +124,17 @@ class StepGuard:
         return mean + self._train.grad_spike_sigma * spread
 
     def judge(self, norm: float) -> Decision:
-        """Decide about a finite norm, and remember it."""
+        """Decide about a finite norm."""
         limit = self.limit()
-        self._norms.append(min(norm, limit))
         if norm <= limit:
             return Decision(norm, True, self._clip_grad)
         if self._train.grad_spike == "skip":
             return Decision(norm, False, self._clip_grad, spike=True)
         return Decision(norm, True, min(limit, self._clip_grad or math.inf), spike=True)
+
+    def remember(self, norm: float) -> None:
+        """Enter a norm that was decided about into the history."""
+        self._norms.append(min(norm, self.limit()))
 
     def review(
         self,

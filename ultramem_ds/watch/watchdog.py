@@ -49,7 +49,7 @@ GRACE_S = 5.0  # for other ranks to write their stacks, or to say why they end
 # Beyond train.watchdog_s: what is slow without being stuck.
 START_S = 1800.0  # building or loading model and kernels, before the first step
 FIRST_STEP_S = 600.0  # autotuning, allocation, the loader's first batches
-LONG_PHASE_S = {"validate": 1800.0, "save": 1800.0, "rollback": 1800.0}
+LONG_PHASE_S = {"validate": 1800.0, "tasks": 7200.0, "save": 1800.0, "rollback": 1800.0}
 
 
 def allowed_s(watchdog_s: float, phase: str, step: int, first_step: int) -> float:

@@ -26,6 +26,7 @@ from ultramem_ds.checkpoint.safe import DamagedCheckpointError
 from ultramem_ds.checkpoint.state import OptimizerState, OwnState
 from ultramem_ds.sharding.comm import Comm
 from ultramem_ds.zero.capture import CapturingEngine, copy_recovery_scripts
+from ultramem_ds.zero.experts import padding_files
 
 ZERO = "zero"  # the store that DeepSpeed writes
 
@@ -54,7 +55,7 @@ class EngineCheckpoint:
         self.own = dict(own)
         self.parameters = dict(parameters)
         self.comm = comm
-        self._files = CapturingEngine()
+        self._files = CapturingEngine(padding_files(engine.module))
         engine.checkpoint_engine = self._files
         engine._copy_recovery_script = lambda save_path: None  # written with the other files
 

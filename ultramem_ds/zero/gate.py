@@ -1,28 +1,42 @@
-"""Whether an optimizer step happens, decided on every rank alike before any weight changes.
+"""Whether an optimizer step happens and how its gradient is clipped, decided once for all ranks.
 
-All of DeepSpeed's ZeRO optimizers compute the global gradient norm, which every rank then knows,
-before they touch a weight. The gate looks at it there, so that a decision costs no communication:
+All of DeepSpeed's ZeRO optimizers compute the global gradient norm and then call the optimizer
+that they were given, once or once per flat buffer. The gate sits on that call, by PyTorch's own
+hooks before and after an optimizer's ``step``:
 
-- ZeRO-3: ``_get_norm_groups`` returns the norms that make up the global one;
-- ZeRO-1 and ZeRO-2: ``scaled_global_norm`` returns it;
-- ``BF16_Optimizer`` (ZeRO-1 in bf16) keeps it to itself until it calls the optimizer inside.
+1. the first call of a step decides: rank 0 judges the norm, and its decision is broadcast, since
+   norms of sub-groups need not be bit-equal on all ranks;
+2. a step that is refused finds no gradient, so that weights, moments and update counts stay as
+   they are; one that is clipped finds its gradient scaled.
 
-To refuse a step the first two report an infinite norm, on which DeepSpeed drops the gradients and
-leaves weights, moments and counters alone. A norm that is not finite is refused in any case: one
-NaN on one rank makes the norm NaN on all, expert gradients and row-sparse tables included.
+DeepSpeed itself clips nothing (``gradient_clipping`` is 0 in what it is given), and where it
+refuses a norm that is not finite it does not call the optimizer at all: one NaN on one rank makes
+the norm NaN on all, expert gradients and row-sparse tables included.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ultramem_ds.optim.decision import Decision
-from ultramem_ds.zero.deepspeed_import import deepspeed
+from ultramem_ds.sharding.comm import Comm
+
+
+class Judge(Protocol):
+    """Decides about norms; :class:`ultramem_ds.watch.guards.StepGuard` is one."""
+
+    def judge(self, norm: float) -> Decision:
+        """About a finite norm; changes nothing, asked on rank 0."""
+        ...
+
+    def remember(self, norm: float) -> None:
+        """Of the norm that was decided about; told on every rank."""
+        ...
 
 
 def poison_unless_finite(loss: Tensor) -> Tensor:
@@ -35,81 +49,69 @@ def poison_unless_finite(loss: Tensor) -> Tensor:
 
 
 class StepGate:
-    """Asks ``judge`` before every optimizer step of an engine.
+    """Stands before every optimizer step of an engine.
 
     Args:
-        engine: a DeepSpeed engine of stage 1, 2 or 3; install after everything that joins its norm.
-        judge: from the finite global norm to the decision; called on every rank.
+        engine: a DeepSpeed engine of stage 1, 2 or 3.
+        judge: decides.
+        comm: all ranks.
+        joined_norm: the global norm of gradients that DeepSpeed does not see, the same on all
+            ranks; None if there are none.
     """
 
-    def __init__(self, engine: Any, judge: Callable[[float], Decision]) -> None:
-        self._judge = judge
-        self._decision: Decision | None = None
+    def __init__(
+        self,
+        engine: Any,
+        judge: Judge,
+        comm: Comm,
+        joined_norm: Callable[[], Tensor] | None = None,
+    ) -> None:
+        self.judge = judge
         self._zero = engine.optimizer
-        if hasattr(self._zero, "_get_norm_groups"):
-            self._guard_stage3()
-        elif hasattr(self._zero, "scaled_global_norm"):
-            self._guard_stage12()
-        else:
-            self._guard_bf16()
+        self._comm = comm
+        self._joined_norm = joined_norm
+        self._decision: Decision | None = None
+        self._withheld: list[tuple[nn.Parameter, Tensor]] = []
+        optimizer: torch.optim.Optimizer = self._zero.optimizer
+        self._fused = bool(optimizer.defaults.get("fused"))
+        optimizer.register_step_pre_hook(self._before_step)
+        optimizer.register_step_post_hook(self._after_step)
 
     def take_decision(self) -> Decision:
         """What was decided in the step that ``engine.step`` has just taken or refused."""
         decision, self._decision = self._decision, None
-        # DeepSpeed's bf16 optimizer refuses a norm that is not finite before it asks.
-        return decision or Decision(math.inf, apply=False, clip_grad=0.0)
+        return decision or Decision(math.inf, apply=False, clip_grad=0.0)  # DeepSpeed refused it
 
-    def _decide(self, norm: Any) -> Decision:
-        norm = float(norm)
-        if math.isfinite(norm) and norm >= 0:
-            self._decision = self._judge(norm)
-        else:
-            self._decision = Decision(math.inf, apply=False, clip_grad=0.0)
-        return self._decision
+    def _decide(self) -> Decision:
+        norm = torch.as_tensor(self._zero._global_grad_norm, dtype=torch.float64)
+        if self._joined_norm is not None:
+            norm = torch.hypot(norm, self._joined_norm().to(norm))
+        decision = Decision(math.inf, apply=False, clip_grad=0.0)
+        if self._comm.rank == 0 and math.isfinite(value := float(norm)) and value >= 0:
+            decision = self.judge.judge(value)
+        decision = Decision.of_numbers(self._comm.numbers_from_first(decision.to_numbers()))
+        if math.isfinite(decision.grad_norm):
+            self.judge.remember(decision.grad_norm)
+        return decision
 
-    def _guard_stage3(self) -> None:
-        zero, norm_groups = self._zero, self._zero._get_norm_groups
-        combine = deepspeed.runtime.zero.stage3.combine_grad_norm_groups
+    def _before_step(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
+        if self._decision is None:
+            self._decision = self._decide()
+        params = [p for g in optimizer.param_groups for p in g["params"] if p.grad is not None]
+        if not self._decision.apply:
+            self._withheld = [(param, param.grad) for param in params]
+            for param in params:
+                param.grad = None
+            return
+        scale = self._decision.grad_scale
+        if self._fused:  # torch's fused kernels divide by it as they read the gradient
+            inverse = torch.tensor(1.0 / scale, device=params[0].device) if params else None
+            optimizer.grad_scale = inverse if scale < 1.0 else None  # type: ignore[attr-defined]
+        elif scale < 1.0:
+            for param in params:
+                param.grad.mul_(scale)
 
-        def guarded() -> list[Tensor]:
-            groups: list[Tensor] = norm_groups()
-            norm = combine(groups)
-            decision = self._decide(norm)
-            zero.clip_grad = decision.clip_grad
-            return groups if decision.apply else [torch.full_like(norm, math.inf)]
-
-        zero._get_norm_groups = guarded
-
-    def _guard_stage12(self) -> None:
-        zero, global_norm = self._zero, self._zero.scaled_global_norm
-
-        def guarded(**options: Any) -> Tensor:
-            norm: Tensor = global_norm(**options)
-            decision = self._decide(norm)
-            zero.clip_grad = decision.clip_grad
-            return norm if decision.apply else torch.full_like(norm, math.inf)
-
-        zero.scaled_global_norm = guarded
-        # The norm finds what the separate look at every gradient (bf16) would.
-        zero.check_grad_overflow = True
-        zero.check_overflow = lambda **_: None
-
-    def _guard_bf16(self) -> None:
-        zero, optimizer = self._zero, self._zero.optimizer
-        step = optimizer.step
-
-        def guarded(*args: Any, **options: Any) -> Any:
-            decision = self._decide(zero._global_grad_norm)
-            if not decision.apply:
-                zero.overflow = True
-                return None
-            # The gradients are clipped to clip_grad by now; a lower limit needs the rest.
-            limit = zero.clip_grad if zero.clip_grad > 0 else math.inf
-            done = Decision(decision.grad_norm, True, 0.0 if math.isinf(limit) else limit)
-            rest = decision.grad_scale / done.grad_scale
-            if rest < 1.0:
-                for master in zero.fp32_groups_flat_partition:
-                    master.grad.mul_(rest)
-            return step(*args, **options)
-
-        optimizer.step = guarded
+    def _after_step(self, *_: Any) -> None:
+        for param, grad in self._withheld:
+            param.grad = grad
+        self._withheld = []

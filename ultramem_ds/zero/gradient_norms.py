@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -16,10 +17,13 @@ class GradientNorms:
     The other stages have no tables: there the whole norm is that of the rest.
 
     Args:
-        engine: a DeepSpeed engine; wrap before anything that changes the list.
+        engine: a DeepSpeed engine.
+        joined_norm: norm of the tables that DeepSpeed does not see, those that are stepped by row;
+            None if there are none.
     """
 
-    def __init__(self, engine: Any) -> None:
+    def __init__(self, engine: Any, joined_norm: Callable[[], Tensor] | None = None) -> None:
+        self._joined_norm = joined_norm
         self._tables: list[Tensor] = []
         self._rest: list[Tensor] = []
         zero = engine.optimizer
@@ -33,10 +37,10 @@ class GradientNorms:
 
         def observed() -> list[Tensor]:
             norms: list[Tensor] = norm_groups()
-            own, joined = norms[: len(is_table)], norms[len(is_table) :]
-            self._rest = [n for n, table in zip(own, is_table) if not table]
-            # What is joined beyond ZeRO's own groups are tables that are stepped by row.
-            self._tables = [n for n, table in zip(own, is_table) if table] + joined
+            self._rest = [n for n, table in zip(norms, is_table) if not table]
+            self._tables = [n for n, table in zip(norms, is_table) if table]
+            if self._joined_norm is not None:
+                self._tables.append(self._joined_norm())
             return norms
 
         zero._get_norm_groups = observed

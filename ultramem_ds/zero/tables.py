@@ -10,7 +10,8 @@ Phases, and who holds what:
    table's holder has none, so its ``param.ds_tensor`` stays this rank's rows; the sharded lookup
    reads them and accumulates their gradient (summed over the ranks' tokens) in fp32.
 3. *Optimizer step.* :meth:`Zero3Tables.publish_gradients` hands the accumulated gradient over,
-   divided by the world size, since ZeRO averages. From here on the table is any ZeRO-3 parameter:
+   divided by the world size, since ZeRO averages; without offload it has accumulated in ZeRO's own
+   gradient partition. From here on the table is any ZeRO-3 parameter:
    clipping, Adam, offload, checkpoints.
 
 Letters: N physical rows, V value width, R rows on this rank, P ranks that share one copy.
@@ -24,6 +25,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ultramem_ds.checkpoint.state import OwnState
+from ultramem_ds.kernels.hugepages import advise_huge_pages
+from ultramem_ds.model.memory.layer import MemoryLayer
 from ultramem_ds.model.memory.lookup import ValueTable
 from ultramem_ds.optim.decision import Decision
 from ultramem_ds.sharding.blocks import Block
@@ -141,12 +145,36 @@ class Zero3Tables:
         for param in self.params:
             param.ds_persist = False
             param.all_gather = _refuse_to_gather
+        self._lend_gradients(engine.optimizer)
+
+    def _lend_gradients(self, zero: Any) -> None:
+        """Let the shards accumulate in ZeRO's own gradient partitions, where those lie here."""
+        if zero.offload_optimizer:  # its buffers are on another device, or in files
+            return
+        advise_huge_pages(zero.grad_partitions_flat_buffer)
+        for param, shard in zip(self.params, self.shards):
+            shard.borrow_gradient(lambda p=param: zero._get_fp32_grad_state_partition(p, False)[0])  # type: ignore[misc]
+
+    def readers(self, layers: Sequence[MemoryLayer]) -> dict[str, Callable[[], Tensor]]:
+        """This rank's pieces of the memory layers' values and keys, by what statistics call them.
+
+        Args:
+            layers: in the order of the tables.
+        """
+        found: dict[str, Callable[[], Tensor]] = {}
+        for index, (layer, shard) in enumerate(zip(layers, self.shards)):
+            found[f"layer_{index}/value"] = shard.values
+            found[f"layer_{index}/key"] = shard_reader(layer.retrieval.keys.weight)
+        return found
 
     def publish_gradients(self) -> None:
         """Hand the gradients to ZeRO; once per optimizer step, before ``engine.step``."""
         for param, shard in zip(self.params, self.shards):
-            grad_RV = shard.reduced_gradient().div_(self.world_size)
-            deepspeed.utils.safe_set_local_grad(param, grad_RV.flatten())
+            grad_RV = shard.reduced_gradient()
+            if self.world_size > 1:
+                grad_RV.div_(self.world_size)
+            if not shard.borrows_gradient:
+                deepspeed.utils.safe_set_local_grad(param, grad_RV.flatten())
             shard.zero_gradient()
 
     def finish_step(self, lr: float, decision: Decision) -> None:
@@ -157,18 +185,14 @@ class Zero3Tables:
             decision: whether ZeRO took the step, and how it clipped.
         """
 
+    def joined_norm(self) -> Tensor:
+        """Global norm of gradients that ZeRO does not see, the same on all ranks: none here."""
+        return torch.zeros(())
+
+    def own_states(self) -> dict[str, OwnState]:
+        """Optimizer state that ZeRO does not hold, by name of its files: none here."""
+        return {}
+
     def blocks(self) -> dict[int, Block]:
         """The rows and columns of its table that each shard holds, by the parameter's id."""
         return {id(p): shard.layout.block(shard.spec) for p, shard in zip(self.params, self.shards)}
-
-
-def join_gradient_norm(engine: Any, norm: Callable[[], Tensor]) -> None:
-    """Make ZeRO-3's global gradient norm, hence its clipping, include one more norm.
-
-    Args:
-        engine: a DeepSpeed engine of stage 3.
-        norm: returns the global norm of gradients that ZeRO does not see, the same on all ranks.
-    """
-    zero = engine.optimizer
-    own_norms = zero._get_norm_groups
-    zero._get_norm_groups = lambda: [*own_norms(), norm()]

@@ -18,6 +18,18 @@ from ultramem_ds.kernels import resolve
 _NUM_ROUNDS = 4  # a Feistel network with random round functions is pseudo-random from 4 rounds on
 
 
+def shuffle_seed(table_index: int) -> int:
+    """Seed of memory layer ``table_index``'s permutation, whatever the training seed is."""
+    return 0x5EED + table_index
+
+
+def round_tables(num_keys: int, seed: int) -> Tensor:
+    """Round functions of a Feistel network over [0, n)^2: int64 (rounds, n), on the CPU."""
+    generator = torch.Generator().manual_seed(seed)
+    shape = (_NUM_ROUNDS, num_keys)
+    return torch.randint(num_keys, shape, generator=generator, device="cpu")
+
+
 class IdentityShuffle(nn.Module):
     """No permutation: neighbouring virtual slots stay neighbours."""
 
@@ -61,10 +73,7 @@ class BijectionShuffle(nn.Module):
     def _tables(self, device: torch.device) -> Tensor:
         """Round functions (rounds, n), made once per device by the CPU generator."""
         if device not in self._rounds:
-            generator = torch.Generator().manual_seed(self.seed)
-            shape = (_NUM_ROUNDS, self.num_keys)
-            tables = torch.randint(self.num_keys, shape, generator=generator, device="cpu")
-            self._rounds[device] = tables.to(device)
+            self._rounds[device] = round_tables(self.num_keys, self.seed).to(device)
         return self._rounds[device]
 
     def forward(self, slots: Tensor) -> Tensor:
@@ -73,8 +82,8 @@ class BijectionShuffle(nn.Module):
 
 
 def build_shuffle(memory: MemoryConfig, table_index: int) -> nn.Module:
-    """The permutation of memory layer ``table_index``; it does not depend on the training seed."""
-    seed = 0x5EED + table_index
+    """The permutation of memory layer ``table_index``."""
+    seed = shuffle_seed(table_index)
     if memory.shuffle == "bijection":
         return BijectionShuffle(memory.num_keys, seed, memory.kernel)
     if memory.shuffle == "stored":

@@ -21,7 +21,7 @@ from ultramem_ds.model.roles import tag
 # H heads, n keys per side, r Tucker rank, d kdim. A leading 2 is the side: rows, then columns.
 
 
-class _Fingerprint:
+class Fingerprint:
     """Tells whether a tensor has been written through or replaced since.
 
     Sees in-place operations (the version counter) and new storage (a weak reference, so that
@@ -34,7 +34,7 @@ class _Fingerprint:
 
     def matches(self, tensor: Tensor) -> bool:
         """Whether ``tensor`` is the one seen, unchanged."""
-        now = _Fingerprint(tensor)
+        now = Fingerprint(tensor)
         alive = not self._storage.expired()
         return alive and self._storage == now._storage and self._version == now._version
 
@@ -43,7 +43,7 @@ class _Fingerprint:
 class _Derived:
     """What was computed from the weights, and from which."""
 
-    sources: tuple[_Fingerprint, ...]
+    sources: tuple[Fingerprint, ...]
     keys_2Hnrd: Tensor  # normalised, no gradient
     search: Tensor  # folded, no gradient
 
@@ -96,7 +96,7 @@ class ProductKeys(nn.Module):
         if self._derived is None or not self._derived.matches(sources):
             keys_2Hnrd = self.norm(self.weight)
             search = self._fold(keys_2Hnrd, directions_2Hr)
-            fingerprints = tuple(_Fingerprint(source) for source in sources)
+            fingerprints = tuple(Fingerprint(source) for source in sources)
             self._derived = _Derived(fingerprints, keys_2Hnrd, search)
         return self._derived.keys_2Hnrd, self._derived.search
 

@@ -18,7 +18,8 @@ from typing import NamedTuple, TypeAlias
 import torch
 from torch import Tensor, nn
 
-from ultramem_ds.config.schema import MemoryConfig, ModelConfig
+from ultramem_ds.config.memory import MemoryConfig
+from ultramem_ds.config.schema import ModelConfig
 from ultramem_ds.kernels import resolve
 from ultramem_ds.kernels.pairs import grid_scores
 from ultramem_ds.model.memory.keys import ProductKeys
@@ -30,6 +31,8 @@ from ultramem_ds.model.memory.scores import ProductKey, ScoreForm, TuckerCore
 
 # Queries of some tokens by layout, search keys -> candidate scores (2, T, H, n).
 SearchProduct: TypeAlias = Callable[[Tensor, Tensor], Tensor]
+# Form, queries, keys (2, H, n, r, d) and search keys -> slots (T, H, m), scores (T, H, m, h).
+Select: TypeAlias = Callable[[ScoreForm, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
 
 
 class Diagnosis(NamedTuple):
@@ -63,6 +66,7 @@ class Retrieval(nn.Module):
         self.keys = ProductKeys(memory, model.norm_eps)
         self.layout = LAYOUTS[memory.query]
         self.product: SearchProduct = self.search_product  # infer/ may put a faster one here
+        self.select: Select = self.two_stage_select  # tests may watch or replace it
         self.compile_pairs = memory.compile
         self.num_keys = memory.num_keys
         self.top_m = memory.top_m
@@ -96,17 +100,7 @@ class Retrieval(nn.Module):
         form: ScoreForm = self.form()
         queries, conv_state = self.query(x_BSD, doc_boundaries_BS, conv_state)
         keys_2Hnrd, search = self.keys(form.directions_2Hr)
-        plain = queries.detach()
-        slots_THm, scores_THmh = resolve(self.kernel, queries.device).select(
-            lambda tokens: self.product(plain[tokens], search),
-            queries.flatten(1, -2),
-            query_groups(self.layout, *self.keys.weight.shape[1::2], queries.device),
-            keys_2Hnrd,
-            form.core_hHrr,
-            self.top_m,
-            self.candidates,
-            compile_pairs=self.compile_pairs,
-        )
+        slots_THm, scores_THmh = self.select(form, queries, keys_2Hnrd, search)
         diagnosis = None
         if recall_tokens:
             every = max(1, len(queries) // recall_tokens)
@@ -120,6 +114,27 @@ class Retrieval(nn.Module):
             conv_state=conv_state,
             diagnosis=diagnosis,
         )
+
+    def two_stage_select(
+        self, form: ScoreForm, queries: Tensor, keys_2Hnrd: Tensor, search: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Slots ``(T, H, m)`` and scores per core ``(T, H, m, h)``, best first."""
+        plain = queries.detach()
+        return resolve(self.kernel, queries.device).select(
+            lambda tokens: self.product(plain[tokens], search),
+            queries.flatten(1, -2),
+            self.groups(keys_2Hnrd),
+            keys_2Hnrd,
+            form.core_hHrr,
+            self.top_m,
+            self.candidates,
+            compile_pairs=self.compile_pairs,
+        )
+
+    def groups(self, keys_2Hnrd: Tensor) -> Tensor:
+        """Which of a token's queries meets the keys of a side, head and rank, (2, H, r)."""
+        num_heads, rank = keys_2Hnrd.shape[1], keys_2Hnrd.shape[3]
+        return query_groups(self.layout, num_heads, rank, keys_2Hnrd.device)
 
     def search_product(self, queries: Tensor, search: Tensor) -> Tensor:
         """See ``SearchProduct``."""

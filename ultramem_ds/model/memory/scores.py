@@ -150,3 +150,8 @@ def leading_pair(vectors_2Hrr: Tensor, previous_2Hr: Tensor) -> Tensor:
     reference_H = torch.where(continuity_H == 0, largest_H, continuity_H)
     sign_H = torch.where(reference_H < 0, -1.0, 1.0).to(pair_2Hr.dtype)
     return pair_2Hr * sign_H[None, :, None]
+
+
+def leading_singular_vectors(core_Hrr: Tensor, previous_2Hr: Tensor) -> Tensor:
+    """``leading_pair`` of matrices."""
+    return leading_pair(singular_vectors(core_Hrr), previous_2Hr)

@@ -9,7 +9,7 @@ host before ``summaries``.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Protocol
 
 import torch
@@ -31,6 +31,8 @@ _MOMENTS = (
     "output_count",
     "output_sum",
     "output_square",
+    "residual_count",
+    "residual_square",
     "aux_loss",
     "recall",
 )
@@ -92,9 +94,14 @@ class Observer(Protocol):
         ...
 
     def observe(
-        self, selection: Selection, rows_TK: Tensor, permuted_TK: Tensor, output_BSD: Tensor
+        self,
+        selection: Selection,
+        rows_TK: Tensor,
+        permuted_TK: Tensor,
+        output_BSD: Tensor,
+        residual_BSD: Tensor | None,
     ) -> None:
-        """See one finished forward: its selection, physical rows, permuted slots and output."""
+        """See one finished forward: selection, physical rows, permuted slots, output, stream."""
         ...
 
 
@@ -104,7 +111,12 @@ class NoStats:
     recall_tokens = 0
 
     def observe(
-        self, selection: Selection, rows_TK: Tensor, permuted_TK: Tensor, output_BSD: Tensor
+        self,
+        selection: Selection,
+        rows_TK: Tensor,
+        permuted_TK: Tensor,
+        output_BSD: Tensor,
+        residual_BSD: Tensor | None,
     ) -> None:
         """Ignore the forward."""
 
@@ -135,7 +147,12 @@ class LayerStats:
 
     @torch.no_grad()
     def observe(
-        self, selection: Selection, rows_TK: Tensor, permuted_TK: Tensor, output_BSD: Tensor
+        self,
+        selection: Selection,
+        rows_TK: Tensor,
+        permuted_TK: Tensor,
+        output_BSD: Tensor,
+        residual_BSD: Tensor | None,
     ) -> None:
         """See ``Observer``."""
         self.rows.add(rows_TK)
@@ -153,6 +170,8 @@ class LayerStats:
             output.new_tensor(float(output.numel())),
             output.sum(),
             output.square().sum(),
+            output.new_tensor(0.0 if residual_BSD is None else float(residual_BSD.numel())),
+            output.new_tensor(0.0) if residual_BSD is None else residual_BSD.float().square().sum(),
             selection.aux_loss,
             selection.diagnosis.recall,
         ]
@@ -177,6 +196,7 @@ class LayerStats:
                 "output_std": max(square - mean * mean, 0.0) ** 0.5,
                 "aux_loss": values["aux_loss"] / values["forwards"],
                 "recall": values["recall"] / values["forwards"],
+                **_share_of_stream(square, values),
                 **{f"singular_value_{i}": v for i, v in enumerate(singular.tolist(), 1)},
             }
         rows, slots = usage.split([self.rows.counts.numel(), self.slots.counts.numel()])
@@ -192,6 +212,14 @@ class LayerStats:
         self.moments.zero_()
         self.rows.counts.zero_()
         self.slots.counts.zero_()
+
+
+def _share_of_stream(output_square: float, values: Mapping[str, float]) -> dict[str, float]:
+    """Root mean square of the output over the residual stream's, where that was shown."""
+    if not values["residual_square"]:
+        return {}
+    stream_square = values["residual_square"] / values["residual_count"]
+    return {"output_share": (output_square / stream_square) ** 0.5}
 
 
 class StatsWindow:
@@ -223,9 +251,9 @@ class StatsWindow:
         """Numbers of the window from ``tensors`` summed over ranks.
 
         Returns:
-            ``layer_i/name`` for the names ``top1_score last_score output_std aux_loss recall
-            singular_value_1..r`` (where something was sampled) and ``rows_touched slots_touched``
-            (shares) ``rows_kl slots_kl`` (nats).
+            ``layer_i/name`` for the names ``top1_score last_score output_std output_share aux_loss
+            recall singular_value_1..r`` (where something was sampled) and ``rows_touched
+            slots_touched`` (shares) ``rows_kl slots_kl`` (nats).
         """
         moments, usage = (tensor.chunk(len(self.layers)) for tensor in tensors)
         return {

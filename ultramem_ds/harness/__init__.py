@@ -1,0 +1,1 @@
+"""Benchmarks through lm-evaluation-harness: models, tasks, results."""

@@ -1,0 +1,94 @@
+"""What ``--checkpoint PATH`` can name: a run, a checkpoint under it, or an exported directory."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from torch import Tensor
+
+from ultramem_ds.checkpoint.directory import (
+    find_checkpoint,
+    read_trainer_state,
+    run_dir_of,
+    step_of,
+)
+from ultramem_ds.checkpoint.parameters import parameter_records
+from ultramem_ds.checkpoint.reader import CheckpointReader
+from ultramem_ds.checkpoint.state import MASTER
+from ultramem_ds.config.load import from_dict
+from ultramem_ds.config.schema import Config
+from ultramem_ds.exchange.directory import RUN
+from ultramem_ds.exchange.importing import open_exported
+from ultramem_ds.exchange.weights import Weights
+from ultramem_ds.sharding.blocks import Block
+from ultramem_ds.utils.files import read_json
+
+
+@dataclass(frozen=True)
+class Source:
+    """A trained model, not yet loaded.
+
+    Attributes:
+        path: the checkpoint, or the exported directory.
+        config: that it was trained with.
+        step: optimizer steps taken.
+        tokenizer_dir: holds its tokenizer.
+        weights: read block by block.
+    """
+
+    path: Path
+    config: Config
+    step: int
+    tokenizer_dir: Path
+    weights: Weights
+
+
+class CheckpointWeights:
+    """The master weights of a training checkpoint.
+
+    Raises:
+        ValueError: it does not hold the parameters of ``config``, or is damaged.
+    """
+
+    def __init__(self, checkpoint: Path, config: Config) -> None:
+        self._reader = CheckpointReader(checkpoint)
+        for name, record in parameter_records(config).items():
+            if self._reader.parameters.get(name) != record:
+                raise ValueError(f"{checkpoint} does not hold {name} of shape {record.shape}")
+
+    def read(self, name: str, block: Block, out_RC: Tensor) -> None:
+        """See ``exchange.weights.Weights``."""
+        self._reader.read(name, MASTER, block, out_RC)
+
+    def buffers(self) -> dict[str, Tensor]:
+        """See ``exchange.weights.Weights``."""
+        return self._reader.buffers()
+
+
+def open_source(path: Path) -> Source:
+    """Find the model and check what can be checked without reading weights.
+
+    Raises:
+        ValueError: there is none, or it is damaged.
+    """
+    if path.is_dir() and any(path.glob("*.safetensors")):
+        exported = open_exported(path)
+        run = read_json(path / RUN) if (path / RUN).is_file() else {}
+        return Source(path, exported.config, int(run.get("step", 0)), path, exported.weights)
+    checkpoint = find_checkpoint(path)
+    with naming_others(checkpoint):
+        config = from_dict(read_trainer_state(checkpoint).config)
+        weights = CheckpointWeights(checkpoint, config)
+    return Source(checkpoint, config, step_of(checkpoint), run_dir_of(checkpoint), weights)
+
+
+@contextlib.contextmanager
+def naming_others(path: Path) -> Iterator[None]:
+    """Say where other checkpoints are if this one cannot be used."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"{error}; give --checkpoint another of {path.parent}") from None
