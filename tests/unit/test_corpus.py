@@ -121,6 +121,8 @@ def test_licences():
     )
     assert debian_licence(text) == "GPL-2+, MIT"
     assert debian_licence("This package is free.") == "see its copyright file"
+    prose = "License: Permission is hereby granted, free of charge, to any person\nLicense: PSF-2\n"
+    assert debian_licence(prose) == "PSF-2"
     assert wheel_licence(b"Name: a\nClassifier: License :: OSI Approved :: BSD License\n\n") == (
         "BSD License"
     )

@@ -14,6 +14,7 @@ from pathlib import Path
 MAX_FILE_BYTES = 4 << 20  # larger files are data, not text that somebody wrote
 _TAR_SUFFIXES = (".tar.xz", ".tar.gz", ".tar.zst", ".tar.bz2")
 _DICTIONARY_BYTES = 256 << 20
+_MAX_LICENCE_NAME = 40  # characters
 
 Wanted = Callable[[str], bool]
 
@@ -76,12 +77,13 @@ def decompressed(path: str, data: bytes) -> tuple[str, bytes]:
 def debian_licence(copyright_text: str) -> str:
     """Short licence names of a machine-readable ``debian/copyright``, else where to read it."""
     names = [
-        line.removeprefix("License:").strip()
+        " ".join(line.removeprefix("License:").split())
         for line in copyright_text.splitlines()
-        if line.startswith("License:") and line.removeprefix("License:").strip()
+        if line.startswith("License:")
     ]
-    found = list(dict.fromkeys(names))
-    return ", ".join(found[:6]) + (", ..." if len(found) > 6 else "") or "see its copyright file"
+    # Some files begin the licence's text where its short name belongs.
+    found = list(dict.fromkeys(name for name in names if 0 < len(name) <= _MAX_LICENCE_NAME))
+    return ", ".join(found[:4]) + (", ..." if len(found) > 4 else "") or "see its copyright file"
 
 
 def wheel_licence(metadata: bytes) -> str:

@@ -9,6 +9,7 @@ from ultramem_ds.infer.search import PackedSearch
 from ultramem_ds.infer.weights import GroupedWeights, PackedLinear, Packer
 from ultramem_ds.kernels import resolve
 from ultramem_ds.model.lm import LanguageModel
+from ultramem_ds.model.memory.layer import MemoryLayer
 from ultramem_ds.model.moe import MixtureOfExperts
 from ultramem_ds.sharding.experts import ShardedExperts
 
@@ -28,20 +29,33 @@ def prepare_for_decoding(
         like: a weight as the model will have them, for a model that has no memory yet.
     """
     like = model.embedding.weight if like is None else like
-    packs = resolve("auto", like.device).packs(like)
     model.requires_grad_(False).eval()
     for module in list(model.modules()):
         for name, child in list(module.named_children()):
             if isinstance(child, MixtureOfExperts):
                 setattr(module, name, GroupedExperts(child, packer))
-    if not packs:
-        return model
-    for module in list(model.modules()):
+    if gains_by_packing(like):
+        pack_linears(model, packer)
+        for memory in model.memory_layers:
+            search_packed_keys(memory)
+    return model
+
+
+def gains_by_packing(weight: Tensor) -> bool:
+    """Whether products of few rows with weights like this one are faster packed."""
+    return resolve("auto", weight.device).packs(weight)
+
+
+def pack_linears(root: nn.Module, packer: Packer = GroupedWeights.pack) -> None:
+    """Exchange the linear maps below ``root`` for what ``packer`` makes of them."""
+    for module in list(root.modules()):
         if isinstance(module, GroupedExperts | ShardedExperts):
             continue  # the gate's weight is read as it is, in fp32
         for name, child in list(module.named_children()):
             if isinstance(child, nn.Linear):
                 setattr(module, name, PackedLinear(packer([child])))
-    for memory in model.memory_layers:
-        memory.retrieval.product = PackedSearch(memory.retrieval.layout)
-    return model
+
+
+def search_packed_keys(layer: MemoryLayer) -> None:
+    """Let a memory layer search packed keys."""
+    layer.retrieval.product = PackedSearch(layer.retrieval.layout)

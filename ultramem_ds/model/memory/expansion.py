@@ -70,10 +70,16 @@ class BijectionShuffle(nn.Module):
         # Not a buffer: it follows from (n, seed), is never saved and survives meta construction.
         self._rounds: dict[torch.device, Tensor] = {}
 
+    def take(self, rounds: Tensor) -> None:
+        """Use these round functions, ``(rounds, n)`` int64, not those that the seed gives."""
+        self._rounds = {rounds.device: rounds}
+
     def _tables(self, device: torch.device) -> Tensor:
-        """Round functions (rounds, n), made once per device by the CPU generator."""
+        """Round functions (rounds, n), made once by the CPU generator, copied once per device."""
         if device not in self._rounds:
-            self._rounds[device] = round_tables(self.num_keys, self.seed).to(device)
+            known = next(iter(self._rounds.values()), None)
+            tables = round_tables(self.num_keys, self.seed) if known is None else known
+            self._rounds[device] = tables.to(device)
         return self._rounds[device]
 
     def forward(self, slots: Tensor) -> Tensor:
