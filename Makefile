@@ -31,7 +31,7 @@ PORT ?= 8000
 KV_CACHE_BYTES ?= 2147483648
 SERVED = runs/serve/$(notdir $(CHECKPOINT:/=))
 
-.PHONY: help install demo ablation corpus study clean-demo test golden bad-input lint format check train prepare tensorboard evaluate evaluate-paper generate bench chaos clean vllm-install test-vllm serve
+.PHONY: help install demo ablation corpus study clean-demo test native-sanitize gpu-check golden bad-input lint format check train prepare tensorboard evaluate evaluate-paper generate bench chaos clean vllm-install test-vllm serve
 .DEFAULT_GOAL := help
 
 help: ## list the targets
@@ -66,18 +66,25 @@ clean-demo: ## forget the demo: corpus, data, runs
 test: install ## run the tests, TEST_JOBS at a time
 	$(PY) -m pytest -n $(TEST_JOBS) --dist worksteal
 
+native-sanitize: install ## the native kernels' tests once under AddressSanitizer and UBSan
+	PYTHON=$(PY) scripts/native_sanitize.sh
+
+gpu-check: install ## everything about a GPU in one report: ARGS=--rehearse runs it on the CPU
+	$(PY) -m ultramem_ds doctor --gpu --report runs/gpu-check $(ARGS)
+
 golden: install ## record tests/golden/ anew, after a change of mathematics or command line
 	RECORD_GOLDEN=1 $(PY) -m pytest tests/dist/test_golden.py tests/unit/test_command_line_frozen.py
 
 bad-input: install ## write docs/bad-input.md anew from the messages of today
 	UPDATE_BAD_INPUT=1 $(PY) -m pytest tests/unit/test_bad_input.py
 
-lint: install ## ruff, mypy, the collectives check and the arrows between packages
+lint: install ## ruff, mypy, collectives, arrows between packages, questions to the device
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
 	$(PY) -m mypy
 	$(PY) scripts/check_collectives.py
 	$(PY) scripts/check_arrows.py
+	$(PY) scripts/check_host_syncs.py
 
 format: install ## let ruff rewrite what it can
 	$(PY) -m ruff check --fix .

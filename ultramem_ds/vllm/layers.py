@@ -28,7 +28,7 @@ from vllm.model_executor.utils import set_weight_attrs
 
 from ultramem_ds.config.schema import Config, ModelConfig
 from ultramem_ds.infer.experts import GroupedExperts
-from ultramem_ds.infer.weights import pack_where_possible
+from ultramem_ds.infer.weights import GroupedWeights
 from ultramem_ds.model.moe import MixtureOfExperts
 from ultramem_ds.model.transformer import FeedForward, make_norm
 
@@ -104,7 +104,7 @@ class ServedExperts(MixtureOfExperts):
 
     def group(self) -> None:
         """Put the loaded experts into one tensor per projection; call once, after loading."""
-        self.grouped = GroupedExperts(self, pack_where_possible)
+        self.grouped = GroupedExperts(self, GroupedWeights.pack)
 
     def forward(self, x_TD: Tensor) -> Tensor:  # type: ignore[override]
         """``(T, D)`` to ``(T, D)``."""

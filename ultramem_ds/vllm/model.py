@@ -20,10 +20,9 @@ from vllm.model_executor.models.utils import maybe_prefix
 from vllm.sequence import IntermediateTensors
 
 from ultramem_ds.config.schema import Config
-from ultramem_ds.infer.prepare import pack_linears, select_natively
-from ultramem_ds.infer.weights import pack_where_possible
+from ultramem_ds.infer.prepare import gains_by_packing, pack_linears, search_packed_keys
 from ultramem_ds.model.memory.layer import MemoryLayer, PendingMemory
-from ultramem_ds.model.memory.tucker import TuckerCore
+from ultramem_ds.model.memory.scores import TuckerCore
 from ultramem_ds.model.placement import Placement
 from ultramem_ds.model.transformer import make_norm
 from ultramem_ds.vllm.layers import ServedBlock, ServedExperts
@@ -69,7 +68,7 @@ class UltraMemModel(nn.Module):
         normed_TD: Tensor = self.final_norm(x_TD)
         return normed_TD
 
-    def prepare(self, config: Config) -> None:
+    def prepare(self) -> None:
         """Bring loaded weights into the form that decodes fastest here; call once."""
         for block in self.blocks:
             if isinstance(block.mlp, ServedExperts):
@@ -77,8 +76,9 @@ class UltraMemModel(nn.Module):
         for layer in self.memory_layers:
             if isinstance(layer.retrieval.form, TuckerCore):
                 layer.retrieval.form.keep_directions()
-            pack_linears(layer, pack_where_possible)
-            select_natively(layer, config.memory)
+            if gains_by_packing(layer.retrieval.keys.weight):
+                pack_linears(layer)
+                search_packed_keys(layer)
 
 
 class UltraMemForCausalLM(nn.Module):
@@ -137,5 +137,5 @@ class UltraMemForCausalLM(nn.Module):
             for name, take in memory_takers(layer, self.num_table_parts):
                 takers[f"model.memories.{j}.{name}"] = take
         load_tensors(takers, weights)
-        self.model.prepare(self.settings)
+        self.model.prepare()
         return {name for name, _ in self.named_parameters()}

@@ -167,10 +167,10 @@ class PagedCausalConv(nn.Module, AttentionLayerBase):
         )
 
     def forward(
-        self, x_BSD: Tensor, doc_starts_BS: Tensor | None, state_BCD: Tensor | None
+        self, x_BSD: Tensor, doc_boundaries_BS: Tensor | None, state_BCD: Tensor | None
     ) -> tuple[Tensor, None]:
         """Convolve the tokens of one vLLM batch, ``(1, T, D)``; the state is in the cache."""
-        assert doc_starts_BS is None and state_BCD is None
+        assert doc_boundaries_BS is None and state_BCD is None
         x_TD = x_BSD[0]
         out_TD = x_TD * self.weight[-1]
         metadata = get_forward_context().attn_metadata

@@ -11,7 +11,7 @@ from vllm.model_executor.model_loader.weight_utils import default_weight_loader
 
 from ultramem_ds.model.memory.expansion import BijectionShuffle, StoredShuffle
 from ultramem_ds.model.memory.layer import MemoryLayer
-from ultramem_ds.model.memory.tucker import TuckerCore
+from ultramem_ds.model.memory.scores import TuckerCore
 from ultramem_ds.vllm.memory import RowShardedTable
 
 Take: TypeAlias = Callable[[Tensor], None]  # puts one tensor of the export where it belongs

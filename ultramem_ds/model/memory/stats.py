@@ -178,7 +178,10 @@ class LayerStats:
             selection.diagnosis.recall,
         ]
         moments = torch.stack([value.double() for value in sums])
-        self.moments += torch.cat([moments, selection.diagnosis.singular_values_r.double()])
+        singular_values_r = selection.diagnosis.singular_values_r
+        if singular_values_r is not None:
+            moments = torch.cat([moments, singular_values_r.double()])
+        self.moments += moments
 
     def summary(self, moments: Tensor, usage: Tensor) -> dict[str, float]:
         """Numbers of the window from sums over ranks; see ``StatsWindow.summaries``."""
