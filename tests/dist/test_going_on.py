@@ -108,9 +108,10 @@ def assert_fresh_copy(source: Path, run_dir: Path) -> None:
         assert torch.equal(theirs[name], ours[name]), name
     reader = CheckpointReader(find_checkpoint(run_dir))
     assert reader.step() == 1
-    # Directions follow their core from where they were: the same sign, no other quadrant.
+    # Directions follow their core from where they were: the same sign, no other quadrant. Those of
+    # the source are of the core before its last update, of about a hundredth of the core.
     for name, value in CheckpointReader(find_checkpoint(source)).buffers().items():
-        torch.testing.assert_close(reader.buffers()[name], value, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(reader.buffers()[name], value, rtol=0.0, atol=0.05)
 
 
 def test_init_from_a_run_of_one_rank(prepared: Path, trained: Path, tmp_path: Path) -> None:

@@ -231,7 +231,7 @@ DEEPSPEED = [
     _deepspeed("another limit of the gradient norm", {"zero_optimization": {"stage": 1},
                "gradient_clipping": 0.5}, "gradient_clipping=0.5", "optim.clip_grad=1.0"),
     _deepspeed("another precision", {"zero_optimization": {"stage": 1},
-               "bf16": {"enabled": False}}, "bf16.enabled=false", "train.precision=bf16"),
+               "bf16": {"enabled": True}}, "bf16.enabled=true", "train.precision=fp32"),
     _deepspeed("gradients accumulated in bf16", {"zero_optimization": {"stage": 1},
                "data_types": {"grad_accum_dtype": "bf16"}}, "data_types.grad_accum_dtype", "fp32"),
 ]  # fmt: skip

@@ -82,6 +82,25 @@ def test_a_refusal_leaves_nothing_and_an_unexpected_error_says_where_to_look(
     assert "RuntimeError: unexpected" in failed.stderr
 
 
+def test_a_rank_outlives_its_console(tmp_path: Path) -> None:
+    """A killed launcher takes the pipe with it; what is printed then goes nowhere."""
+    script = RANK.replace('print("ours")', 'print("ours"); sys.stdin.read()')
+    rank = subprocess.Popen(
+        [sys.executable, "-c", script, "quiet", str(tmp_path / "run")],
+        env=environment(),
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
+    assert rank.stdout is not None and rank.stderr is not None and rank.stdin is not None
+    assert rank.stdout.readline() == b"ours\n"
+    rank.stdout.close()
+    rank.stderr.close()
+    rank.stdin.close()
+    rank.wait()
+    assert "after printf" in (tmp_path / "run" / "rank.log").read_text()
+
+
 LIBRARY = [
     "[2026-11-25 23:32:58,672] [INFO] [launch.py:152:main] WORLD INFO DICT: {}",
     "worker-1: [2026-11-25 23:32:58,672] [WARNING] [real_accelerator.py:213:x] Setting",

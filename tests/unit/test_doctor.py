@@ -83,8 +83,9 @@ def test_disk_is_tried_and_left_as_it_was(tmp_path: Path) -> None:
 
 
 def test_names_that_do_not_resolve(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    monkeypatch.setenv("MASTER_ADDR", "no-such-host.invalid")
+    ranks = {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_PORT": "29500"}
+    for name, value in {**ranks, "MASTER_ADDR": "no-such-host.invalid"}.items():
+        monkeypatch.setenv(name, value)
     assert "no-such-host.invalid" in " ".join(
         f.what for f in machine.check_names() if f.status == "fail"
     )

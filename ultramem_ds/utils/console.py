@@ -8,6 +8,7 @@ a launcher, whose ranks' lines pass through it, sorts lines by their looks.
 from __future__ import annotations
 
 import contextlib
+import io
 import logging
 import os
 import re
@@ -16,7 +17,7 @@ import tempfile
 import threading
 from collections.abc import Iterator
 from pathlib import Path
-from typing import IO, TextIO
+from typing import IO, Any, TextIO
 
 LOGS = "logs"  # inside a run directory
 
@@ -32,6 +33,30 @@ _LIBRARY_LINE = re.compile(
 def is_library_line(line: bytes) -> bool:
     """Whether a line is in the format of a library's log."""
     return _LIBRARY_LINE.match(line) is not None
+
+
+class _Console(io.RawIOBase):
+    """A descriptor that may lead nowhere one day: a run outlives the launcher that showed it."""
+
+    def __init__(self, descriptor: int) -> None:
+        self._descriptor = descriptor
+
+    def fileno(self) -> int:
+        return self._descriptor
+
+    def writable(self) -> bool:
+        return True
+
+    def write(self, data: Any) -> int:
+        try:
+            return os.write(self._descriptor, data)
+        except OSError:
+            return len(data)
+
+    def close(self) -> None:
+        if not self.closed:
+            super().close()
+            os.close(self._descriptor)
 
 
 class LibraryOutput:
@@ -56,7 +81,12 @@ class LibraryOutput:
             return  # somebody else has taken them
         self._streams = [sys.stdout, sys.stderr]
         sys.stdout, sys.stderr = (
-            os.fdopen(os.dup(descriptor), "w", buffering=1, encoding="utf-8", errors="replace")
+            io.TextIOWrapper(
+                io.BufferedWriter(_Console(os.dup(descriptor))),
+                encoding="utf-8",
+                errors="replace",
+                line_buffering=True,
+            )
             for descriptor in self._console
         )
 
