@@ -7,22 +7,19 @@ experts, so that a model that no device could hold is evaluated; every forward i
 from __future__ import annotations
 
 import contextlib
-import os
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Literal, TypeAlias
 
 import torch
 
 from ultramem_ds.infer.load import load_sharded, load_whole
 from ultramem_ds.infer.peers import ALONE, Peers
+from ultramem_ds.infer.precision import Precision
 from ultramem_ds.infer.source import Source
 from ultramem_ds.model.lm import LanguageModel
 from ultramem_ds.sharding.comm import Comm
+from ultramem_ds.utils import environment
 from ultramem_ds.zero.runtime import runtime
-
-Precision: TypeAlias = Literal["auto", "fp32", "bf16"]
-PRECISIONS: tuple[Precision, ...] = ("auto", "fp32", "bf16")
 
 
 @dataclass(frozen=True)
@@ -73,7 +70,7 @@ def resolve_dtype(precision: Precision, device: torch.device) -> torch.dtype:
 @contextlib.contextmanager
 def place() -> Iterator[Place]:
     """Join the ranks that a launcher has started, if it has."""
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+    if environment.world_size() == 1:
         yield Place(torch.device("cuda" if torch.cuda.is_available() else "cpu"), None)
         return
     with runtime() as ranks:
