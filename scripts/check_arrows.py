@@ -34,7 +34,9 @@ LAYERS = (
     ("hf",),
     ("testing",),
     ("bench",),
-    ("doctor", "demo", "launcher"),
+    ("doctor", "launcher", "study"),
+    ("demo",),
+    ("corpus",),
     ("cli",),
     ("__main__",),
 )

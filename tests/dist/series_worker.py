@@ -38,16 +38,20 @@ def loader_of(config: Config, data: Path, ranks: Ranks, start_step: int = 0) -> 
 
 
 def series(job: dict[str, Any], data: Path, ranks: Ranks) -> list[list[float]]:
-    """``[loss, grad_norm]`` per optimizer step."""
+    """``[loss, grad_norm, grad_norm of the tables or 0]`` per optimizer step."""
     config = load_config(job["preset"], job["overrides"])
     batches = plan_batches(config, ranks.world_size)
     file = Path(job["deepspeed"]) if job.get("deepspeed") else None
     engine = TrainEngine(config, ranks, load_deepspeed_json(file, config.model.kind), batches, Phases())
     loader = loader_of(config, data, ranks)
     micro_batches = iter(loader)
-    results = [engine.train_step(micro_batches, step) for step in range(job["steps"])]
+    found = []
+    for step in range(job["steps"]):
+        result = engine.train_step(micro_batches, step)
+        tables = engine.telemetry.read(1.0).get("grad_norm_tables", 0.0)
+        found.append([result.loss, result.grad_norm, tables])
     loader.close()
-    return [[result.loss, result.grad_norm] for result in results]
+    return found
 
 
 def main() -> None:

@@ -44,6 +44,26 @@ def body(rank: int, world_size: int) -> Any:
     return found
 
 
+def copies_body(rank: int, world_size: int) -> Any:
+    """Two copies of a table in two blocks: ranks 0 and 2 hold one of them, 1 and 3 the other."""
+    block_RV = torch.full((8, 4), float(rank % 2))
+    guard = DesyncGuard(
+        Comm(), CPU, dict, every=1, blocks=lambda: {"a": block_RV, "b": block_RV}, place=rank % 2
+    )
+    found = [outcome(guard, {"step": 1}, everything=True)]
+    if rank == 3:
+        block_RV.view(torch.int32)[5, 2] ^= 1
+    return [*found, outcome(guard, {"step": 1}, everything=True)]
+
+
+@pytest.mark.dist
+def test_copies_of_a_table_are_compared_block_by_block() -> None:
+    for same, flipped in run_ranks(copies_body, 4):
+        assert same == ""
+        expected = "ranks 1, 3 differ in the same block of value tables, without a majority (a, b)"
+        assert flipped.endswith(expected)
+
+
 @pytest.mark.dist
 def test_three_ranks_name_the_odd_one() -> None:
     for found in run_ranks(body, 3):

@@ -60,6 +60,10 @@ def test_rollback_equals_skipping_by_hand(prepared: Path, tmp_path: Path) -> Non
         latest = latest_checkpoint(run_dir)
         assert latest is not None
         assert read_trainer_state(latest).skipped_samples == [[32, 48]]
+        # Statistics of a real run: memory.stats_every=3.
+        third = json.loads((run_dir / "metrics.jsonl").read_text().splitlines()[2])
+        for name in ("output_share", "value_rms", "value_update", "key_rms", "key_update"):
+            assert 0 < third[f"layer_0/{name}"] < 100, name
 
 
 def test_a_second_rollback_remembers_the_first(prepared: Path, tmp_path: Path) -> None:

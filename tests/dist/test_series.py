@@ -8,12 +8,14 @@ exchange. Tolerance: fp32 sums over tokens are taken in another order on other n
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from pydoc_data.topics import topics
 from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
 from tests.conftest import VOCAB_SIZE
 from tests.dist.launching import run_module
@@ -24,6 +26,7 @@ from ultramem_ds.data.options import ReadOptions
 from ultramem_ds.data.prepare import PrepareConfig, prepare
 from ultramem_ds.model.init import init_module
 from ultramem_ds.model.lm import LanguageModel
+from ultramem_ds.model.roles import tag
 from ultramem_ds.optim.param_groups import SCHEDULES, build_param_groups
 
 pytestmark = pytest.mark.dist
@@ -94,11 +97,21 @@ for _job in JOBS.values():
 
 
 def plain_series(job: dict[str, Any], data: Path) -> list[list[float]]:
-    """``[loss, grad_norm]`` per step of a loop that knows nothing of ranks or DeepSpeed."""
+    """``[loss, grad_norm, norm of the tables]`` of a loop without ranks or DeepSpeed.
+
+    In bf16 the weights are fp32 masters rounded once per step, and the gradients of micro-batches
+    are added in fp32.
+    """
     config = load_config(job["preset"], job["overrides"])
     model = LanguageModel(config)
     init_module(model, config, config.train.seed)
-    groups: list[Any] = list(build_param_groups(model.named_parameters(), config.optim))
+    if config.train.precision == "bf16":
+        model.bfloat16()
+    weights = dict(model.named_parameters())
+    masters = {name: nn.Parameter(weight.detach().float()) for name, weight in weights.items()}
+    for name, weight in weights.items():
+        tag(masters[name], role=weight.role, init=weight.init)
+    groups: list[Any] = list(build_param_groups(masters.items(), config.optim))
     optimizer = torch.optim.AdamW(
         groups, betas=(config.optim.beta1, config.optim.beta2), eps=config.optim.eps
     )
@@ -117,6 +130,8 @@ def plain_series(job: dict[str, Any], data: Path) -> list[list[float]]:
     series = []
     for step in range(STEPS):
         total = 0.0
+        for master in masters.values():
+            master.grad = torch.zeros_like(master)
         batches = [next(loader) for _ in range(accumulation)]
         targets = sum(int(b.loss_mask.sum()) for b in batches if b.loss_mask is not None)
         for batch in batches:
@@ -129,13 +144,20 @@ def plain_series(job: dict[str, Any], data: Path) -> list[list[float]]:
             others = terms["aux_loss"] + terms["balance_loss"]
             (mean + others / accumulation).backward()
             total += float(mean.detach())
-        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.optim.clip_grad)
+            for name, weight in weights.items():
+                if weight.grad is not None:
+                    masters[name].grad += weight.grad
+                    weight.grad = None
+        tables = [m.grad.norm() for m in masters.values() if m.role == "table"]
+        norm = torch.nn.utils.clip_grad_norm_(masters.values(), config.optim.clip_grad)
+        series.append([total, float(norm), math.hypot(*map(float, tables))])
         for group in optimizer.param_groups:
             group["lr"] = SCHEDULES[group["schedule"]](step, config.train.max_steps, config.optim)
         optimizer.step()
-        optimizer.zero_grad(set_to_none=False)
+        with torch.no_grad():
+            for name, weight in weights.items():
+                weight.copy_(masters[name])
         model.mark_stale()
-        series.append([total, float(norm)])
     return series
 
 
@@ -181,8 +203,8 @@ def test_series_equal_the_plain_loop(
         torch.testing.assert_close(
             torch.tensor(series, dtype=torch.float64),
             torch.tensor(oracle[name], dtype=torch.float64),
-            # The oracle stays fp32; bf16 weights and activations carry 2^-9 each.
-            rtol=0.05 if name.endswith("-bf16") else RTOL,
+            # In bf16 what is rounded on the way differs with the ranks' shares, 2^-9 each.
+            rtol=0.01 if name.endswith("-bf16") else RTOL,
             atol=0,
             msg=lambda text, name=name: f"{name} on {world_size} ranks: {text}",
         )

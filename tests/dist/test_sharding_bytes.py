@@ -1,6 +1,7 @@
-"""Bytes that really leave a rank against the planner's formulas: uniform ids, no de-duplication."""
+"""Bytes that really leave a rank: against the planner's formulas, and counted id by id."""
 
 import itertools
+from dataclasses import replace
 
 import pytest
 import torch
@@ -60,3 +61,77 @@ def test_measured_bytes_agree_with_the_formulas(world_size):
                 where = (scheme, wire_dtype, direction, category)
                 # Mean over ranks of random splits of 8192 ids: within 1% at three deviations.
                 assert mean / world_size == pytest.approx(amount, rel=0.02), where
+
+
+def skewed_rows(spec, shape, gen):
+    """Ids as text repeats them: Zipf's law of exponent 1 over shuffled rows."""
+    shuffle = torch.randperm(spec.num_rows, generator=torch.Generator().manual_seed(0))
+    uniform = torch.rand(shape, generator=gen, dtype=torch.float64)
+    return shuffle[(float(spec.num_rows) ** uniform).long() - 1]
+
+
+def counted_body(rank, world_size, dtype):
+    """Per scheme: bytes sent forward by category, and what the ids themselves say they are."""
+    groups = make_groups()
+    memory = layer("auto")
+    spec = TableSpec.from_config(memory, 0)
+    gen = torch.Generator().manual_seed(rank)
+    shape = (TOKENS, memory.rows_per_token)
+    rows = skewed_rows(spec, shape, gen)
+    projectors = torch.randint(0, spec.num_projectors, shape, generator=gen)
+    scores = torch.randn(*shape, spec.num_cores).requires_grad_()
+    width, others = dtype.itemsize, world_size - 1
+    block_rows = -(-spec.num_rows // world_size)
+    remote = [(t, r, p) for t, (rs, ps) in enumerate(zip(rows.tolist(), projectors.tolist()))
+              for r, p in zip(rs, ps) if r // block_rows != rank]
+    distinct = len({r for _, r, _ in remote})
+    bags = len({(t, p, r // block_rows) for t, r, p in remote})
+    row, entries = width * spec.value_dim, rows.numel()
+    expected = {
+        ("number-wise", False): {"ids": 4 * len(remote), "rows": None},
+        ("number-wise", True): {"ids": 4 * distinct, "rows": None},
+        ("owner-pooled", False): {
+            "ids": 4 * len(remote), "scores": width * spec.num_cores * len(remote), "pooled": None,
+        },
+        ("dimension-wise", False): {
+            "ids": 4 * entries * others,
+            "scores": width * spec.num_cores * entries * others,
+            "pooled": row * spec.num_projectors * TOKENS * others // world_size,
+        },
+    }
+    answers = {
+        ("number-wise", False): row * len(remote),
+        ("number-wise", True): row * distinct,
+        ("owner-pooled", False): row * bags,
+    }
+    found = {}
+    for scheme, dedup in expected:
+        memory = replace(layer("auto"), dedup=dedup)
+        layout = shard_layout(spec, scheme, world_size, rank)
+        values = torch.randn(layout.shape).to(dtype)
+        shard = TableShard(spec, layout, lambda values=values: values, groups.replicas)
+        groups.shard.bytes_sent.clear()
+        pooled = build_lookup(shard, scheme, groups, memory).start(rows, projectors, scores).wait()
+        sent = {c: n for (c, way), n in groups.shard.bytes_sent.items() if way == "forward"}
+        assert pooled.dtype == dtype
+        del sent["counts"]
+        found[scheme, dedup] = (sent, expected[scheme, dedup], answers.get((scheme, dedup)))
+    return found
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_bytes_are_those_of_the_ids_also_skewed_and_de_duplicated(dtype):
+    """To the byte. What a rank answers is what the others ask: equal in the sum over ranks."""
+    per_rank = run_ranks(counted_body, 4, dtype)
+    for case in per_rank[0]:
+        answered, asked = 0, 0
+        for found in per_rank:
+            sent, expected, answer = found[case]
+            assert sent.keys() == expected.keys()
+            for category, number in expected.items():
+                if number is None:
+                    answered += sent[category]
+                    asked += answer
+                else:
+                    assert sent[category] == number, (case, category)
+        assert answered == asked, case

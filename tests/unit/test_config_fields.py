@@ -58,6 +58,7 @@ ELSEWHERE = {
     "stats_every",
     "wire_gb_per_s",
     "memory_gb_per_s",
+    "rates_file",
 }
 
 OPTIM = {
@@ -68,6 +69,8 @@ OPTIM = {
     "decay_norms": True,
     "value_lr_schedule": "constant",
     "value_lr_multiplier": 3.0,
+    "value_weight_decay": 0.3,
+    "key_lr_multiplier": 2.0,
 }
 
 

@@ -8,6 +8,7 @@ import torch
 from tests.unit.memory_helpers import MEMORY, inputs, make_layer, run
 from ultramem_ds.model.memory import stats
 from ultramem_ds.model.memory.stats import StatsWindow, UsageCounter, touched_share, usage_kl
+from ultramem_ds.telemetry.update_sizes import MAX_ELEMENTS, UpdateSizes
 
 
 def test_numbers_of_one_window():
@@ -19,7 +20,8 @@ def test_numbers_of_one_window():
     layer.finish(first)
     window.sample()
     second = layer.start(x2)
-    output = layer.finish(second)
+    residual = 3 * inputs(seed=4, dtype=torch.float32)
+    output = layer.finish(second, residual)
     run(layer.eval(), inputs(seed=3, dtype=torch.float32))  # evaluation is not counted
     numbers = window.summaries(window.tensors())
     totals = second.selection.scores_TKh.sum(-1).view(10, 2, 4)
@@ -27,6 +29,7 @@ def test_numbers_of_one_window():
         "layer_0/top1_score": totals[..., 0].mean(),
         "layer_0/last_score": totals[..., -1].mean(),
         "layer_0/output_std": output.std(correction=0),
+        "layer_0/output_share": output.square().mean().sqrt() / residual.square().mean().sqrt(),
         "layer_0/aux_loss": second.aux_loss,
         "layer_0/recall": second.selection.diagnosis.recall,
     }
@@ -84,3 +87,32 @@ def test_kl_of_known_usages():
     one_hot = torch.tensor([7, 0, 0, 0], dtype=torch.int32)
     assert usage_kl(one_hot) == pytest.approx(math.log(4))
     assert usage_kl(torch.zeros(4, dtype=torch.int32)) == 0.0
+
+
+def test_a_collapsed_layer_is_counted_beyond_31_bits() -> None:
+    """2 ranks with 3e9 uses of one slot each: the paper's batch, every token at one place."""
+    counter = UsageCounter(4, torch.device("cpu"))
+    counter.counts[1] = 3_000_000_000
+    counter.add(torch.tensor([1, 1, 2]))
+    both = counter.counts * 2  # as summed over ranks
+    assert both.tolist() == [0, 6_000_000_004, 2, 0]
+    assert touched_share(both, 4) == 0.5
+    assert usage_kl(both) == pytest.approx(math.log(4), rel=1e-6)
+
+
+def test_update_sizes_are_those_of_the_tensor():
+    """On a tensor looked at in full exactly; on a larger one by every 17th element within 2%."""
+    generator = torch.Generator().manual_seed(0)
+    small = torch.randn(7, 5, generator=generator)
+    large = torch.randn(16 * MAX_ELEMENTS // 64, 64, generator=generator)
+    sizes = UpdateSizes({"a": lambda: small, "b": lambda: large})
+    before = {"a": small.clone(), "b": large.clone()}
+    sizes.before_step()
+    small[2] += 1.0
+    large *= 1 + 0.1 * (torch.arange(64) % 4 == 0)  # a column pattern that an even stride misses
+    numbers = sizes.numbers(sizes.sums(torch.device("cpu")))
+    for name, now, tolerance in (("a", small, 1e-6), ("b", large, 0.02)):
+        rms = now.square().mean().sqrt()
+        change = (now - before[name]).square().mean().sqrt()
+        assert numbers[f"{name}_rms"] == pytest.approx(float(rms), rel=tolerance)
+        assert numbers[f"{name}_update"] == pytest.approx(float(change / rms), rel=tolerance)

@@ -11,7 +11,7 @@ from torch import nn
 from ultramem_ds.config.load import load_config
 from ultramem_ds.config.schema import OptimConfig
 from ultramem_ds.model.lm import LanguageModel
-from ultramem_ds.optim.param_groups import build_param_groups
+from ultramem_ds.optim.param_groups import SCHEDULES, build_param_groups
 from ultramem_ds.optim.schedule import dense_lr, value_lr
 
 
@@ -47,6 +47,29 @@ def test_groups_are_disjoint_and_complete(kind: str) -> None:
     assert ("tables" in names) == (kind in ("pkm", "ultramem"))
     decays = {group["name"]: group["weight_decay"] for group in groups}
     assert decays["matrices"] == 0.1 and decays["norms"] == 0.0
+
+
+def test_keys_and_tables_may_have_rates_and_decays_of_their_own() -> None:
+    config = load_config(
+        "ultramem-debug", ["optim.key_lr_multiplier=3", "optim.value_weight_decay=0"]
+    )
+    with torch.device("meta"):
+        model = LanguageModel(config)
+    groups = build_param_groups(model.named_parameters(), config.optim)
+    by_name = {group["name"]: group for group in groups}
+    keys = [memory.retrieval.keys.weight for memory in model.memory_layers]
+    assert [id(p) for p in by_name["keys"]["params"]] == [id(p) for p in keys]
+    assert {name: group["weight_decay"] for name, group in by_name.items()} == {
+        "matrices": 0.1,
+        "keys": 0.1,
+        "norms": 0.0,
+        "tables": 0.0,
+    }
+    for step in (0, 50, 199):
+        rates = {name: SCHEDULES[name](step, 200, config.optim) for name in ("keys", "matrices")}
+        assert rates["keys"] == pytest.approx(3 * rates["matrices"])
+    plain = build_param_groups(model.named_parameters(), load_config("ultramem-debug").optim)
+    assert [group["name"] for group in plain] == ["matrices", "norms", "tables"]
 
 
 def test_untagged_and_shared_parameters_are_errors() -> None:

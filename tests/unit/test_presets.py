@@ -9,7 +9,8 @@ import torch
 
 from ultramem_ds.cli.count import PAPER
 from ultramem_ds.cli.main import main
-from ultramem_ds.config.presets import ABLATION_ROWS, PRESETS, preset
+from ultramem_ds.config.ablations import ABLATION_ROWS, TABLE_3_ROWS, TABLE_8_ROWS
+from ultramem_ds.config.presets import PRESETS, preset
 from ultramem_ds.model.accounting import count
 from ultramem_ds.model.lm import LanguageModel
 
@@ -105,6 +106,69 @@ def test_each_ablation_row_changes_one_group():
         first, second = flat(preset(before)), flat(preset(after))
         changed = {key for key in first if first[key] != second[key]}
         assert changed == GROUPS[after]
+
+
+# Table 3: FLOPs (M) of rows that are not in Table 2.
+TABLE_3 = {
+    "ablation-06-ive-e9": 323.54 * 1.149,
+    "ablation-06-ive-e16": 323.54 * 1.264,
+    "ablation-07-tdqkr-r3": 344.98,
+    "ablation-07-tdqkr-r4": 344.98,
+    "ablation-08-mcs-h4": 344.98,
+    "ablation-08-mcs-h8": 344.98,
+}
+# Table 8: what each row changes in the first row of Table 2.
+ALONE = {
+    "alone-rm-softmax": {"memory.softmax"},
+    "alone-half-vdim-proj": GROUPS["ablation-02-half-vdim-proj"],
+    "alone-share-query": {"memory.query"},
+    "alone-split-big-mem": {"memory.placement", "memory.knum", "memory.num_heads"},
+    "alone-qk-norm": {"memory.qk_norm"},
+    "alone-ive": {"memory.expansion", "memory.shuffle", "memory.value_proj"},
+    "alone-tdqkr": {"memory.retrieval", "memory.tucker_rank", "memory.kdim"},
+    "alone-tdqkr-mcs": {
+        "memory.retrieval",
+        "memory.tucker_rank",
+        "memory.kdim",
+        "memory.num_cores",
+        "memory.softmax",
+    },
+    "alone-value-lr-decay": {"optim.value_lr_schedule"},
+    "alone-query-conv": {"memory.query_conv"},
+}
+
+
+def changed_keys(a, b):
+    first, second = flat(preset(a)), flat(preset(b))
+    return {key for key in first if first[key] != second[key]}
+
+
+def test_table_3():
+    assert {name for name, _, _ in TABLE_3_ROWS} == TABLE_3.keys()
+    for name, row, _ in TABLE_3_ROWS:
+        assert count(preset(name)).flops_per_token / 1e6 == pytest.approx(TABLE_3[name], rel=0.01)
+        assert count(preset(name)).sparse_params == count(preset(row)).sparse_params
+        varied = {"ive": "expansion", "tdqkr": "tucker_rank", "mcs": "num_cores"}
+        key = "memory." + varied[row.split("-")[-1]]
+        assert changed_keys(row, name) - {"memory.kdim"} == {key}
+
+
+def test_table_8():
+    assert {name for name, _ in TABLE_8_ROWS} == ALONE.keys()
+    first = ABLATION_ROWS[0][0]
+    for name in ALONE:
+        assert changed_keys(first, name) == ALONE[name]
+        sparse, plain = (count(preset(n)).sparse_params for n in (name, first))
+        assert sparse == pytest.approx(plain, rel=0.005)
+
+
+def test_tuned_presets_have_the_size_of_their_plain_ones():
+    names = [name for name in PRESETS if name.endswith("-tuned")]
+    assert {name.split("-")[0] for name in names} == {"dense", "pkm", "moe", "ultramem"}
+    for name in names:
+        plain = name.removesuffix("-tuned")
+        assert count(preset(name)) == count(preset(plain))
+        assert changed_keys(name, plain)
 
 
 def test_table_4():

@@ -9,7 +9,8 @@ from torch import Tensor
 from ultramem_ds.config.schema import OptimConfig
 from ultramem_ds.optim.row_adam import CatchUpRowAdam, LazyRowAdam
 
-OPTIM = OptimConfig(weight_decay=0.1)
+DECAY = 0.1
+OPTIM = OptimConfig(weight_decay=0.7, value_weight_decay=DECAY)  # the former is not the tables'
 NUM_ROWS, WIDTH = 12, 8
 
 
@@ -22,7 +23,7 @@ def dense_steps(values_RV: Tensor, touched: list[list[int]], grads: list[Tensor]
     """torch's AdamW over the whole table, gradients zero where untouched."""
     param = torch.nn.Parameter(values_RV.clone())
     adam = torch.optim.AdamW(
-        [param], betas=(OPTIM.beta1, OPTIM.beta2), eps=OPTIM.eps, weight_decay=OPTIM.weight_decay
+        [param], betas=(OPTIM.beta1, OPTIM.beta2), eps=OPTIM.eps, weight_decay=DECAY
     )
     for step, (rows, grad_UV) in enumerate(zip(touched, grads)):
         adam.param_groups[0]["lr"] = learning_rate(step)
@@ -33,12 +34,20 @@ def dense_steps(values_RV: Tensor, touched: list[list[int]], grads: list[Tensor]
 
 
 def sparse_steps(
-    adam: LazyRowAdam, touched: list[list[int]], grads: list[Tensor], first: int = 0
+    adam: LazyRowAdam,
+    touched: list[list[int]],
+    grads: list[Tensor],
+    first: int = 0,
+    looked_up_here: bool = True,
 ) -> None:
-    """The same gradients, only the touched rows handed over."""
+    """The same gradients, only the touched rows handed over.
+
+    ``looked_up_here=False`` is a copy of a table whose tokens read none of the rows it updates.
+    """
     for step, (rows, grad_UV) in enumerate(zip(touched, grads), first):
         rows_U = torch.tensor(rows, dtype=torch.int64)
-        adam.refresh(rows_U)
+        if looked_up_here:
+            adam.refresh(rows_U)
         adam.update(rows_U, grad_UV.clone(), learning_rate(step), 0.5)
 
 
@@ -55,13 +64,14 @@ def sparse_history(num_steps: int) -> tuple[Tensor, list[list[int]], list[Tensor
     return values_RV, touched, grads
 
 
+@pytest.mark.parametrize("looked_up_here", [True, False])
 @pytest.mark.parametrize("num_steps", [3, 60, 700])
-def test_catch_up_is_dense_adamw(num_steps: int) -> None:
+def test_catch_up_is_dense_adamw(num_steps: int, looked_up_here: bool) -> None:
     """Values and moments of all rows, gaps longer than the momentum's memory included."""
     values_RV, touched, grads = sparse_history(num_steps)
     dense = dense_steps(values_RV, touched, grads)
     adam = CatchUpRowAdam(lambda: values_RV, OPTIM, "reference")
-    sparse_steps(adam, touched, grads)
+    sparse_steps(adam, touched, grads, looked_up_here=looked_up_here)
     adam.settle()
     # One fp32 rounding per step and row here against one per skipped step there: up to 1e-7 times
     # the number of steps; eps 1e-8 against sqrt(v) of 1e-1 decaying to 1e-3 while rho^k vanishes.
@@ -84,6 +94,23 @@ def test_catch_up_continues_after_settling_and_loading() -> None:
     sparse_steps(second, touched[33:], grads[33:], first=33)
     second.settle()
     torch.testing.assert_close(values_RV, dense["values"], rtol=1e-4, atol=2e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_reading_shows_the_caught_up_value_and_leaves_no_trace(dtype: torch.dtype) -> None:
+    """Evaluation sees what training would, and training goes on as if nobody had looked."""
+    values_RV, touched, grads = sparse_history(20)
+    values_RV = values_RV.to(dtype)
+    adam = CatchUpRowAdam(lambda: values_RV, OPTIM, "reference")
+    sparse_steps(adam, touched, grads)
+    held = [values_RV, adam.master_RV, adam.exp_avg_RV, adam.exp_avg_sq_RV]
+    before = [tensor.clone() for tensor in held]
+    rows_U = torch.arange(NUM_ROWS)
+    read_UV = adam.read(rows_U)
+    assert all(torch.equal(a, b) for a, b in zip(held, before))
+    assert not torch.equal(read_UV, values_RV)  # row 2 has been waiting for 19 steps
+    adam.refresh(rows_U)
+    assert torch.equal(read_UV, values_RV)
 
 
 def test_lazy_leaves_untouched_rows_alone() -> None:

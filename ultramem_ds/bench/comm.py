@@ -21,6 +21,7 @@ from ultramem_ds.bench.common import Timing, header
 from ultramem_ds.config.load import load_config
 from ultramem_ds.config.schema import MemoryConfig
 from ultramem_ds.planning.costs import lookup_cost, stock_zero3_bytes
+from ultramem_ds.planning.rates import memory_gb_per_s, wire_gb_per_s
 from ultramem_ds.sharding.comm import Comm
 from ultramem_ds.sharding.groups import CPU, make_groups
 from ultramem_ds.sharding.lookup import ShardedLookup, build_lookup
@@ -149,8 +150,10 @@ def _rank_body(rank: int, world_size: int, config: CommBenchConfig) -> dict[str,
             sent[variant, "forward"] = total["forward"]
             sent[variant, "backward"] = total["backward"]
     rates = {
-        "wire_gb_per_s": wire_gb_per_s(groups.shard, config.rounds),
-        "memory_gb_per_s": _memory_gb_per_s(storage.view(whole_rows.shape), config.rounds),
+        "wire_gb_per_s": wire_gb_per_s(groups.shard, config.rounds, CPU, RATE_BYTES),
+        "memory_gb_per_s": memory_gb_per_s(
+            storage.view(whole_rows.shape), config.rounds, RATE_BYTES
+        ),
     }
     return {"samples": samples, "bytes_sent": sent, "rates": rates}
 
@@ -192,31 +195,3 @@ def make_problems(
         scores_TKh = torch.randn(*shape, spec.num_cores, generator=gen, requires_grad=True)
         grad_shape = (config.tokens, spec.num_projectors, spec.value_dim)
         yield rows_TK, projectors_TK, scores_TKh, torch.randn(grad_shape, generator=gen)
-
-
-def wire_gb_per_s(comm: Comm, rounds: int, device: torch.device = CPU) -> float:
-    """What each rank sends per second in an even all-to-all; the best of the rounds."""
-    P = comm.world_size
-    payload = torch.ones(P, RATE_BYTES // 4 // P, device=device)
-    best_s = float("inf")
-    for _ in range(rounds + 1):
-        comm.barrier()
-        start_s = time.perf_counter()
-        comm.all_to_all(payload, [1] * P, [1] * P, "rows")
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        best_s = min(best_s, time.perf_counter() - start_s)
-    return payload.numel() * 4 * (P - 1) / P / best_s / 1e9
-
-
-def _memory_gb_per_s(values_RV: Tensor, rounds: int) -> float:
-    """Bytes of random rows read per second by a lookup; the best of the rounds."""
-    entries = RATE_BYTES // (values_RV.shape[1] * values_RV.element_size())
-    offsets = torch.arange(0, entries, 32)
-    best_s = float("inf")
-    for _ in range(rounds + 1):
-        rows_M = torch.randint(0, values_RV.shape[0], (entries,))
-        start_s = time.perf_counter()
-        torch.nn.functional.embedding_bag(rows_M, values_RV, offsets, mode="sum")
-        best_s = min(best_s, time.perf_counter() - start_s)
-    return entries * values_RV.shape[1] * values_RV.element_size() / best_s / 1e9

@@ -46,7 +46,7 @@ def run(arguments: argparse.Namespace) -> int:
         data=arguments.data,
         run_dir=arguments.run_dir,
         deepspeed=arguments.deepspeed,
-        world_size=environment.world_size(),
+        world_size=environment.adopt().size,
     )
     with joined() as ranks:
         of_ranks = list(check_ranks(ranks))

@@ -26,6 +26,7 @@ VERBS = {
     "plan": "plan",
     "bench": "bench",
     "report": "report",
+    "study": "study",
     "doctor": "doctor",
 }
 

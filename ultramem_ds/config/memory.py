@@ -134,11 +134,11 @@ class MemoryConfig(MemoryLayerConfig):
     partition: Partition = "auto"  # how tables are sharded over ranks
     shard_group_size: int = 0  # ranks that share one copy of the tables; 0 = all
     dedup: bool = False  # number-wise: ship each distinct row once per rank and step
-    wire_dtype: Literal["fp32", "bf16"] = "fp32"  # dtype of rows and pooled values on the wire
-    wire_gb_per_s: float = (
-        1.0  # GB/s a rank sends; decides partition=auto (`bench comm` measures it)
-    )
-    memory_gb_per_s: float = 10.0  # GB/s of random row reads; decides partition=auto
+    wire_dtype: Literal["auto", "fp32", "bf16"] = "auto"  # of what travels; auto = the table's
+    # What decides partition=auto: GB/s a rank sends and GB/s of random row reads; auto = measured
+    wire_gb_per_s: float | Literal["auto"] = "auto"
+    memory_gb_per_s: float | Literal["auto"] = "auto"
+    rates_file: str = ""  # take both from what `bench comm --json` printed into this file
     async_lookup: bool = False  # overlap lookups with the blocks between a and b
     kernel: str = "auto"  # lookup_reduce implementation; auto = fastest available
     compile: bool = False  # torch.compile what scores pairs, where no native call does
@@ -152,10 +152,9 @@ class MemoryConfig(MemoryLayerConfig):
             self.shard_group_size >= 0,
             f"memory.shard_group_size={self.shard_group_size} must be 0 (all) or positive",
         )
-        require(
-            self.wire_gb_per_s > 0 and self.memory_gb_per_s > 0,
-            "memory.wire_gb_per_s and memory.memory_gb_per_s must be positive",
-        )
+        for name in ("wire_gb_per_s", "memory_gb_per_s"):
+            rate = getattr(self, name)
+            require(rate == "auto" or rate > 0, f"memory.{name}={rate} must be auto or positive")
         require(
             self.stats_every >= 0,
             f"memory.stats_every={self.stats_every} must be 0 (never) or positive",

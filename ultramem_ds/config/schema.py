@@ -76,7 +76,7 @@ class MoEConfig:
     num_experts: int = 32
     top_k: int = 2  # experts per token
     balance_loss_weight: float = 0.01  # weight of the load-balance loss (Fedus et al., 2022)
-    expert_parallel_size: int = 0  # ranks that share one set of experts; 0 = all ranks
+    expert_parallel_size: int = 0  # ranks that share one set of experts; 0 = fewest on a rank
     drop_tokens: bool = False  # drop tokens over capacity (DeepSpeed's own default is true)
     capacity_factor: float = 1.0  # only with drop_tokens
     use_rts: bool = False  # random token selection, only with drop_tokens
@@ -119,6 +119,8 @@ class OptimConfig:
     value_lr_schedule: Literal["decay", "constant"] = "decay"  # of value tables
     value_lr_multiplier: float = 10.0  # decay: LR(t) = LR_dense(t) (1 + (x - 1)(1 - t/T))
     value_lr: float = 1e-3  # constant: the tables' learning rate (Lample et al., 2019)
+    value_weight_decay: float | None = None  # on tables; null = weight_decay
+    key_lr_multiplier: float = 1.0  # of the memory layers' keys, times the dense rate
 
     def __post_init__(self) -> None:
         require(self.lr > 0, f"optim.lr={self.lr} must be positive")
@@ -141,6 +143,19 @@ class OptimConfig:
             f"optim.value_lr_multiplier={self.value_lr_multiplier} must be positive",
         )
         require(self.value_lr > 0, f"optim.value_lr={self.value_lr} must be positive")
+        require(
+            self.table_weight_decay >= 0,
+            f"optim.value_weight_decay={self.value_weight_decay} must not be negative",
+        )
+        require(
+            self.key_lr_multiplier > 0,
+            f"optim.key_lr_multiplier={self.key_lr_multiplier} must be positive",
+        )
+
+    @property
+    def table_weight_decay(self) -> float:
+        """Weight decay of value tables."""
+        return self.weight_decay if self.value_weight_decay is None else self.value_weight_decay
 
 
 @dataclass(frozen=True, kw_only=True)

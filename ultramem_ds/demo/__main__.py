@@ -5,6 +5,7 @@ Every stage is skipped when its result is there, and an interrupted training res
 
 from __future__ import annotations
 
+import argparse
 import json
 import math
 import os
@@ -101,9 +102,14 @@ def summarise(presets: tuple[str, ...]) -> list[dict[str, Any]]:
 
 
 def main() -> None:
-    """Run all stages and print the comparison."""
+    """Run all stages and print the comparison; with ``--prepare-only`` stop at the data."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--prepare-only", action="store_true", help="train nothing")
     begin = time.perf_counter()
+    arguments = parser.parse_args()
     data = prepare_data()
+    if arguments.prepare_only:
+        return
     for name in PRESETS:
         _stage(f"training {name} on {NUM_RANKS} ranks")
         _run(
@@ -115,7 +121,9 @@ def main() -> None:
     plot_losses([read_run(ROOT / name) for name in PRESETS], ROOT / "losses.png")
     entropy = unigram_entropy(data, load_config("ultramem-debug").model.vocab_size)
     _stage("result")
-    header = ["preset", "ZeRO", "ranks", "parameters", "FLOPs/token", "val. loss", "tokens/s"]
+    train = load_config("ultramem-debug", OVERRIDES).train
+    seen = train.max_steps * train.global_batch_size * load_config("ultramem-debug").model.seq_len
+    header = ["preset", "ZeRO", "ranks", "parameters", "FLOPs/token", "tokens", "val. loss"]
     rows = [
         [
             r["preset"],
@@ -123,16 +131,22 @@ def main() -> None:
             str(r["world_size"]),
             f"{r['params'] / 1e6:.2f} M",
             f"{r['flops_per_token'] / 1e6:.2f} M",
+            f"{seen / 1e6:.2f} M",
             f"{r['val_loss']:.4f}",
             f"{r['tokens_per_s']:,.0f}",
             f"{r['peak_memory_bytes'] / 2**20:,.0f} MiB",
         ]
         for r in records
     ]
-    print(markdown_table([*header, "peak memory/rank"], rows))
+    print(markdown_table([*header, "tokens/s", "peak memory/rank"], rows))
     print(
         f"unigram entropy of the validation text: {entropy:.4f} nats per token "
         f"(a uniform guess: {math.log(load_config('ultramem-debug').model.vocab_size):.4f})"
+    )
+    print(
+        f"One seed, {seen / 1e6:.2f} M tokens, plain presets: the ordering at this length is not "
+        "the ordering later. docs/study.md says what longer runs give, and which settings suit "
+        "each kind."
     )
     print(f"summary: {ROOT / 'summary.json'}   curves: {ROOT / 'losses.png'}")
     print(f"TensorBoard: make tensorboard LOGDIR={ROOT}")

@@ -7,13 +7,14 @@ from contextlib import AbstractContextManager
 
 import torch
 
-from ultramem_ds.bench.comm import wire_gb_per_s
 from ultramem_ds.doctor.finding import Finding
+from ultramem_ds.planning.rates import wire_gb_per_s
 from ultramem_ds.sharding.comm import Comm
 from ultramem_ds.zero.runtime import Ranks, runtime
 
 CONNECT_TIMEOUT_S = 120.0
 SLOW_GB_PER_S = 0.1
+PAYLOAD_BYTES = 64 << 20
 
 
 def joined() -> AbstractContextManager[Ranks]:
@@ -34,9 +35,8 @@ def check_ranks(ranks: Ranks) -> Iterator[Finding]:
     yield Finding("ranks", "ok", f"{ranks.world_size} ranks answer through {backend}")
     if ranks.world_size == 1:
         return
-    slowest = -comm.all_reduce_max_(
-        torch.tensor(-wire_gb_per_s(comm, rounds=3, device=ranks.device), device=ranks.device)
-    ).item()
+    mine = wire_gb_per_s(comm, 3, ranks.device, PAYLOAD_BYTES)
+    slowest = -comm.all_reduce_max_(torch.tensor(-mine, device=ranks.device)).item()
     what = f"each rank sends {slowest:.2f} GB/s in an all-to-all (memory.wire_gb_per_s)"
     if slowest < SLOW_GB_PER_S:
         fix = "set GLOO_SOCKET_IFNAME / NCCL_SOCKET_IFNAME to the fast interface"

@@ -1,10 +1,10 @@
-"""Where an imported model's weights come from: by our names, block by block."""
+"""The weights of an exported directory, by our names, block by block: a ``WeightSource``."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,18 +17,6 @@ from ultramem_ds.model.memory.expansion import round_tables, shuffle_seed
 from ultramem_ds.sharding.blocks import Block
 
 # R rows and C columns of a block.
-
-
-class Weights(Protocol):
-    """A model's weights, wherever they are."""
-
-    def read(self, name: str, block: Block, out_RC: Tensor) -> None:
-        """Copy a block of one of the one-process model's parameters."""
-        ...
-
-    def buffers(self) -> dict[str, Tensor]:
-        """The one-process model's persistent buffers."""
-        ...
 
 
 class ExportedWeights:
@@ -53,8 +41,10 @@ class ExportedWeights:
             name: self._stored_names(name, parts if record.is_table else 1)
             for name, record in self._records.items()
         }
+        self._check_parameters()
+        self._rounds: set[str] = set()
         self._buffers = self._read_buffers()
-        self._check()
+        self._refuse_unknown()
 
     @staticmethod
     def _stored_names(name: str, parts: int) -> list[str]:
@@ -64,7 +54,7 @@ class ExportedWeights:
         stem = exported.removesuffix(".weight")
         return [f"{stem}.part_{part}.weight" for part in range(parts)]
 
-    def _check(self) -> None:
+    def _check_parameters(self) -> None:
         where = self._shards.directory
         present = self._shards.names()
         for name, stored in self._parts.items():
@@ -76,6 +66,9 @@ class ExportedWeights:
                 raise ValueError(
                     f"{where} holds {stored[0]} of shape {shape}, config.json says {expected}"
                 )
+
+    def _refuse_unknown(self) -> None:
+        where, present = self._shards.directory, self._shards.names()
         known = {each for stored in self._parts.values() for each in stored}
         unknown = sorted(present - known - {PREFIX + name for name in self._buffers} - self._rounds)
         if unknown:
@@ -89,7 +82,6 @@ class ExportedWeights:
 
     def _read_buffers(self) -> dict[str, Tensor]:
         """Directions and stored permutations; the bijection's rounds must be the ones we make."""
-        self._rounds: set[str] = set()
         buffers: dict[str, Tensor] = {}
         if not self._config.has_memory:
             return buffers
@@ -117,11 +109,11 @@ class ExportedWeights:
         return buffers
 
     def buffers(self) -> dict[str, Tensor]:
-        """See :class:`Weights`."""
+        """See :class:`WeightSource`."""
         return self._buffers
 
     def read(self, name: str, block: Block, out_RC: Tensor) -> None:
-        """See :class:`Weights`."""
+        """See :class:`WeightSource`."""
         stored = self._parts[name]
         if not self._records[name].is_table:
             self._read_flat(stored[0], block, out_RC)

@@ -18,7 +18,7 @@ from ultramem_ds.infer.precision import Precision
 from ultramem_ds.infer.source import Source
 from ultramem_ds.model.lm import LanguageModel
 from ultramem_ds.sharding.comm import Comm
-from ultramem_ds.utils import environment
+from ultramem_ds.utils.environment import adopt
 from ultramem_ds.zero.runtime import runtime
 
 
@@ -70,7 +70,7 @@ def resolve_dtype(precision: Precision, device: torch.device) -> torch.dtype:
 @contextlib.contextmanager
 def place() -> Iterator[Place]:
     """Join the ranks that a launcher has started, if it has."""
-    if environment.world_size() == 1:
+    if adopt().size == 1:
         yield Place(torch.device("cuda" if torch.cuda.is_available() else "cpu"), None)
         return
     with runtime() as ranks:

@@ -174,7 +174,7 @@ class LanguageModel(nn.Module):
                     state.keep_conv(j, out.mlp_input_BSD, pending[j].conv_state)
                 aux.append(pending[j].aux_loss)
             for j in self.placement.finishes[i]:
-                x_BSD = x_BSD + memories[j].finish(pending.pop(j))
+                x_BSD = x_BSD + memories[j].finish(pending.pop(j), x_BSD)
         return self.final_norm(x_BSD), balance, counts, aux
 
     def logits(self, tokens_BS: Tensor, state: DecodeState | None = None) -> Tensor:

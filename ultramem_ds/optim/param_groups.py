@@ -8,7 +8,7 @@ from typing import TypedDict
 from torch import nn
 
 from ultramem_ds.config.schema import OptimConfig
-from ultramem_ds.optim.schedule import dense_lr, value_lr
+from ultramem_ds.optim.schedule import dense_lr, key_lr, value_lr
 
 # role of a parameter -> name of its group
 _GROUP_OF_ROLE = {
@@ -22,6 +22,7 @@ _GROUP_OF_ROLE = {
 # group name -> learning rate of a step
 SCHEDULES: dict[str, Callable[[int, int, OptimConfig], float]] = {
     "matrices": dense_lr,
+    "keys": key_lr,
     "norms": dense_lr,
     "tables": value_lr,
 }
@@ -42,12 +43,15 @@ def build_param_groups(
 ) -> list[ParamGroup]:
     """Sort trainable parameters into groups: disjoint and complete, or an error.
 
+    The memory layers' keys have a group of their own where their rate is another.
+
     Raises:
         ValueError: for a parameter without a known ``role``, or one that appears twice.
     """
     decay = {
         "matrices": optim.weight_decay,
-        "tables": optim.weight_decay,
+        "keys": optim.weight_decay,
+        "tables": optim.table_weight_decay,
         "norms": optim.weight_decay if optim.decay_norms else 0.0,
     }
     groups: dict[str, ParamGroup] = {}
@@ -64,6 +68,8 @@ def build_param_groups(
         if not param.requires_grad:
             continue
         key = _GROUP_OF_ROLE[role]
+        if optim.key_lr_multiplier != 1 and getattr(param, "init", None) == "memory_keys":
+            key = "keys"
         if key not in groups:
             groups[key] = ParamGroup(
                 name=key, schedule=key, params=[], weight_decay=decay[key], lr=optim.lr

@@ -71,7 +71,11 @@ class LazyRowAdam:
         return self.values() if self._master_RV is None else self._master_RV
 
     def refresh(self, rows_U: Tensor) -> None:
-        """Bring distinct rows up to date before they are read."""
+        """Bring distinct rows up to date, before they are read in training."""
+
+    def read(self, rows_U: Tensor) -> Tensor:
+        """Up-to-date values (U, V) of distinct rows, in the shard's dtype; changes nothing."""
+        return self.values().index_select(0, rows_U)
 
     def settle(self) -> None:
         """Bring all rows up to date."""
@@ -90,7 +94,7 @@ class LazyRowAdam:
             lr=lr,
             betas=(optim.beta1, optim.beta2),
             eps=optim.eps,
-            weight_decay=optim.weight_decay,
+            weight_decay=optim.table_weight_decay,
             grad_scale=grad_scale,
             kernel=self.kernel,
         )
@@ -144,7 +148,11 @@ class CatchUpRowAdam(LazyRowAdam):
         self._restart()
 
     def update(self, rows_U: Tensor, grad_UV: Tensor, lr: float, grad_scale: float) -> None:
-        """One step on distinct ascending rows that have been refreshed since the last."""
+        """One step on distinct ascending rows, whoever looked them up.
+
+        With several copies of a table some rows were read, hence refreshed, in another copy only.
+        """
+        self.refresh(rows_U)
         super().update(rows_U, grad_UV, lr, grad_scale)
         self._last_R[rows_U] = self.step
         self._append(lr)
@@ -156,19 +164,38 @@ class CatchUpRowAdam(LazyRowAdam):
         if now >= len(self._log_decay):
             self._log_decay = torch.cat([self._log_decay, torch.zeros_like(self._log_decay)])
             self._moves = torch.cat([self._moves, torch.zeros_like(self._moves)])
-        self._log_decay[now] = self._log_decay[now - 1] + math.log1p(-lr * optim.weight_decay)
+        self._log_decay[now] = self._log_decay[now - 1] + math.log1p(-lr * optim.table_weight_decay)
         correction = math.sqrt(1 - optim.beta2**self.step) / (1 - optim.beta1**self.step)
         tail = self._moves[max(0, now - self._window) : now]
         tail += lr * correction * self._powers[-len(tail) :] * math.exp(-self._log_decay[now])
 
     def refresh(self, rows_U: Tensor) -> None:
         """See the module: decay, moments and moves of the skipped steps, in one."""
-        last_U = self._last_R.index_select(0, rows_U)
-        stale_U = last_U < self.step
-        rows_U, last_U = rows_U[stale_U], last_U[stale_U].long()
+        rows_U = rows_U[self._stale(rows_U)]
         if rows_U.numel() == 0:
             return
+        values_UV, avg_UV, avg_sq_UV = self._caught_up(rows_U)
+        self.exp_avg_RV.index_copy_(0, rows_U, avg_UV)
+        self.exp_avg_sq_RV.index_copy_(0, rows_U, avg_sq_UV)
+        self.master_RV.index_copy_(0, rows_U, values_UV)
+        self._last_R[rows_U] = self.step
+        self._follow(rows_U)
+
+    def read(self, rows_U: Tensor) -> Tensor:
+        """See :class:`LazyRowAdam`: evaluation leaves no trace, so copies of a table stay equal."""
+        values_UV = super().read(rows_U)
+        stale_U = self._stale(rows_U)
+        if stale_U.any():
+            values_UV[stale_U] = self._caught_up(rows_U[stale_U])[0].to(values_UV.dtype)
+        return values_UV
+
+    def _stale(self, rows_U: Tensor) -> Tensor:
+        return self._last_R.index_select(0, rows_U) < self.step
+
+    def _caught_up(self, rows_U: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Values and both moments (U, V) of stale rows as dense AdamW has them now."""
         optim, device = self.optim, rows_U.device
+        last_U = self._last_R.index_select(0, rows_U).long()
         since_U = (last_U - self._base).cpu()
         log_decay_now = self._log_decay[self.step - self._base]
         decay_U1 = torch.exp(log_decay_now - self._log_decay[since_U])[:, None]
@@ -184,11 +211,7 @@ class CatchUpRowAdam(LazyRowAdam):
         values_UV -= moves_U1.to(device, torch.float32) * direction_UV
         avg_UV *= (optim.beta1**gap_U1).to(device, torch.float32)
         avg_sq_UV *= (optim.beta2**gap_U1).to(device, torch.float32)
-        self.exp_avg_RV.index_copy_(0, rows_U, avg_UV)
-        self.exp_avg_sq_RV.index_copy_(0, rows_U, avg_sq_UV)
-        self.master_RV.index_copy_(0, rows_U, values_UV)
-        self._last_R[rows_U] = self.step
-        self._follow(rows_U)
+        return values_UV, avg_UV, avg_sq_UV
 
     def settle(self) -> None:
         """See :class:`LazyRowAdam`; afterwards the schedule so far is not needed any more."""

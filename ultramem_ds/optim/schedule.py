@@ -36,3 +36,8 @@ def value_lr(step: int, max_steps: int, optim: OptimConfig) -> float:
         return optim.value_lr
     remaining = 1.0 - min(1.0, step / max_steps)
     return dense_lr(step, max_steps, optim) * (1.0 + (optim.value_lr_multiplier - 1.0) * remaining)
+
+
+def key_lr(step: int, max_steps: int, optim: OptimConfig) -> float:
+    """Learning rate of the memory layers' keys: ``key_lr_multiplier`` times the dense rate."""
+    return optim.key_lr_multiplier * dense_lr(step, max_steps, optim)

@@ -91,7 +91,7 @@ def stock_zero3_bytes(memory: MemoryConfig, ranks: int, value_bytes: int) -> flo
 def _number_wise(
     memory: MemoryConfig, tokens: int, entries: int, ranks: int, value_bytes: int
 ) -> LookupCost:
-    wire = WIRE_BYTES[memory.wire_dtype]
+    wire = WIRE_BYTES.get(memory.wire_dtype, value_bytes)
     sent = distinct_rows(entries, memory.num_rows) if memory.dedup else entries
     remote = sent * (ranks - 1) / ranks
     rows = wire * memory.value_dim * remote
@@ -106,7 +106,7 @@ def _number_wise(
 def _owner_pooled(
     memory: MemoryConfig, tokens: int, entries: int, ranks: int, value_bytes: int
 ) -> LookupCost:
-    wire = WIRE_BYTES[memory.wire_dtype]
+    wire = WIRE_BYTES.get(memory.wire_dtype, value_bytes)
     remote = entries * (ranks - 1) / ranks
     scores = wire * memory.num_cores * remote
     bags = tokens * bags_per_token_and_owner(memory, ranks) * (ranks - 1)
@@ -127,7 +127,7 @@ def _owner_pooled(
 def _dimension_wise(
     memory: MemoryConfig, tokens: int, entries: int, ranks: int, value_bytes: int
 ) -> LookupCost:
-    wire = WIRE_BYTES[memory.wire_dtype]
+    wire = WIRE_BYTES.get(memory.wire_dtype, value_bytes)
     scores = wire * memory.num_cores * entries * (ranks - 1)
     pooled = wire * memory.expansion * memory.value_dim * tokens * (ranks - 1) / ranks
     fragment = memory.value_dim / ranks * value_bytes

@@ -101,6 +101,7 @@ class _Flight:
                 return scheme.run(rows_TK.detach(), projectors_TK.detach(), leaf_TKh)
 
         self._executor = executor
+        self._shard = scheme.shard
         self._leaf_TKh = leaf_TKh
         self._forward: Job = executor.submit(chain)
         self._backward: Job | None = None
@@ -115,6 +116,7 @@ class _Flight:
 
         def chain_backward() -> Tensor:
             pooled_TEV.backward(grad_TEV)
+            self._shard.close()
             assert leaf_TKh.grad is not None
             return leaf_TKh.grad
 

@@ -37,14 +37,15 @@ class Scheme(ABC, Generic[RequestT]):
     Args:
         shard: this rank's block of the table.
         comm: the group that shares the table.
-        memory: ``wire_dtype`` of rows, sums and scores that travel (added up in fp32), ``kernel``.
+        memory: ``wire_dtype`` of rows, sums and scores that travel (added up in fp32; auto is the
+            table's, since rows in bf16 gain nothing from travelling in fp32), ``kernel``.
     """
 
     def __init__(self, shard: TableShard, comm: Comm, memory: MemoryConfig) -> None:
         self.shard = shard
         self.comm = comm
         self.kernel = memory.kernel
-        self.wire_dtype = WIRE_DTYPES[memory.wire_dtype]
+        self.wire_dtype = WIRE_DTYPES.get(memory.wire_dtype, shard.values().dtype)
 
     def run(self, rows_TK: Tensor, projectors_TK: Tensor, scores_TKh: Tensor) -> Tensor:
         """pooled_TEV in the table's dtype: the three roles, one after the other."""

@@ -92,6 +92,9 @@ class TableShard:
         sink = self.grad_RV if torch.is_grad_enabled() else None
         return OpenShard(self.values(), rows, sink)
 
+    def close(self) -> None:
+        """A lookup that was opened for training has had its backward."""
+
     def reduced_gradient(self) -> Tensor:
         """``grad_RV`` summed over all copies of the table, in place: over all tokens of all ranks.
 

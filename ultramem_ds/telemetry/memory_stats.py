@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from types import MappingProxyType
+
 import torch
 
 from ultramem_ds.model.lm import LanguageModel
 from ultramem_ds.model.memory.layer import MemoryLayer
 from ultramem_ds.model.memory.stats import StatsWindow
 from ultramem_ds.sharding.comm import Comm
+from ultramem_ds.telemetry.update_sizes import Readers, UpdateSizes
 
 
 class MemoryStatistics:
@@ -17,12 +20,21 @@ class MemoryStatistics:
         model: its memory layers get their observers here.
         comm: the group whose tokens are counted together.
         device: where the model runs.
+        readers: values and keys whose sizes and updates are measured, see :class:`UpdateSizes`.
     """
 
-    def __init__(self, model: LanguageModel, comm: Comm, device: torch.device) -> None:
+    def __init__(
+        self,
+        model: LanguageModel,
+        comm: Comm,
+        device: torch.device,
+        readers: Readers = MappingProxyType({}),
+    ) -> None:
         memory = model.config.memory
         self.every = memory.stats_every if len(model.memories) else 0
         self.comm = comm
+        self.device = device
+        self.updates = UpdateSizes(readers)
         self.window = StatsWindow(memory, len(model.memories), device)
         if self.every:
             for layer, observer in zip(model.memories, self.window.layers):
@@ -36,6 +48,7 @@ class MemoryStatistics:
         """Call on every rank before optimizer step ``step`` (counted from 0)."""
         if self._due(step):
             self.window.sample()
+            self.updates.before_step()
 
     def after_step(self, step: int) -> dict[str, float]:
         """Call on every rank after it; the window's numbers where one ends, else nothing."""
@@ -43,5 +56,6 @@ class MemoryStatistics:
             return {}
         summed = [self.comm.all_reduce_(tensor) for tensor in self.window.tensors()]
         numbers = self.window.summaries(summed)
+        numbers |= self.updates.numbers(self.comm.all_reduce_(self.updates.sums(self.device)))
         self.window.reset()
         return numbers

@@ -28,7 +28,7 @@ import torch
 import torch.distributed as dist
 
 # Slow imports that every engine makes, done once for all ranks of all calls.
-PRELOADED = ("torch.distributed", "torch._dynamo", "deepspeed.runtime.zero.muon.muon_optimizer")
+PRELOADED = ("torch.distributed", "ultramem_ds.zero.deepspeed_import")
 
 GRACE_S = 2.0  # how long other ranks may take to report after the first failure
 
@@ -38,7 +38,7 @@ class RankFailureError(AssertionError):
 
 
 def run_ranks(
-    body: Callable[..., Any], world_size: int, *args: Any, timeout_s: float = 120.0
+    body: Callable[..., Any], world_size: int, *args: Any, timeout_s: float = 300.0
 ) -> list[Any]:
     """Calls ``body(rank, world_size, *args)`` on ``world_size`` gloo ranks.
 

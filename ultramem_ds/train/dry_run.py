@@ -13,7 +13,7 @@ import psutil
 import torch
 
 from ultramem_ds.checkpoint import directory as checkpoints
-from ultramem_ds.config.deepspeed import offload_device, zero_stage
+from ultramem_ds.config.deepspeed import offload_device
 from ultramem_ds.config.schema import Config
 from ultramem_ds.data.manifest import load_manifest
 from ultramem_ds.model.accounting import count, training_flops_per_token
@@ -106,7 +106,7 @@ def dry_run(run: Run) -> dict[str, Any]:
     """
     config, batches = run.config, run.batches
     fixed = replace(config, train=replace(config.train, micro_batch_size=batches.micro_batch_size))
-    plan = make_plan(fixed, run.world_size, zero_stage(run.deepspeed_json))
+    plan = make_plan(fixed, run.world_size, run.deepspeed_json)
     done = 0
     if run.resume_from is not None:
         done = checkpoints.read_trainer_state(run.resume_from).step
@@ -134,10 +134,7 @@ def dry_run(run: Run) -> dict[str, Any]:
         "tokens_to_do": to_do * tokens_per_step,
         "prepared_tokens": prepared,
         "subsets": list(run.mixture.subsets),
-        "memory_bytes": {
-            name: getattr(plan.memory, name)
-            for name in ("weights", "gradients", "optimizer", "activations", "total")
-        },
+        "memory_bytes": plan.memory.parts(),
         "available_bytes": _available_bytes(),
         "checkpoint_bytes": checkpoint_bytes(config, plan.zero_stage),
         "save_every": config.train.save_every,

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -27,12 +28,16 @@ STATE_CLASSES = (
 class CapturingEngine(deepspeed.runtime.checkpoint_engine.TorchCheckpointEngine):
     """DeepSpeed's checkpoint engine, without files on the way out and without code on the way in.
 
+    Args:
+        left_out: tells by name the files that DeepSpeed would write and that hold nothing.
+
     Attributes:
         captured: object by absolute path, of the save in progress.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, left_out: Callable[[str], bool]) -> None:
         super().__init__()
+        self._left_out = left_out
         self.captured: dict[str, Any] = {}
 
     def create(self, info: Any) -> None:
@@ -43,10 +48,13 @@ class CapturingEngine(deepspeed.runtime.checkpoint_engine.TorchCheckpointEngine)
 
     def save(self, state_dict: Any, path: str) -> None:
         """Remember what belongs at ``path``."""
-        self.captured[path] = state_dict
+        if not self._left_out(Path(path).name):
+            self.captured[path] = state_dict
 
     def load(self, path: str, map_location: Any = None) -> Any:
         """Read into memory: DeepSpeed keeps some of the tensors, and the file may be pruned."""
+        if self._left_out(Path(path).name):
+            return {}
         return safe_load(Path(path), mmap=False, classes=STATE_CLASSES)
 
     def take(self) -> dict[str, Any]:

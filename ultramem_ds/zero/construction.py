@@ -13,7 +13,7 @@ from ultramem_ds.config.schema import Config
 from ultramem_ds.model.init import init_parameter
 from ultramem_ds.model.lm import LanguageModel
 from ultramem_ds.sharding.groups import TableGroups
-from ultramem_ds.zero.experts import ExpertParallelMLP, ExpertShare
+from ultramem_ds.zero.experts import ExpertParallelMLP, ExpertShare, is_padding
 from ultramem_ds.zero.tables import TablePlaceholder, fill_partitioned, partitioned_construction
 
 
@@ -32,15 +32,15 @@ def build_model(
         experts: this rank's share of the experts; none without kind moe.
     """
     make_mlp = make_table = None
-    if experts.group_size:
-        make_mlp = lambda _: ExpertParallelMLP(config, experts.group_size)  # noqa: E731
+    if experts.layout is not None:
+        make_mlp = lambda _: ExpertParallelMLP(config, experts)  # noqa: E731
     if groups is not None:
         make_table = lambda i: TablePlaceholder(groups.shard, i)  # noqa: E731
     partitioned = zero_stage(engine_config) == 3
     construction = (
         partitioned_construction(engine_config) if partitioned else contextlib.nullcontext()
     )
-    with construction, contextlib.redirect_stdout(sys.stderr):
+    with construction, contextlib.redirect_stdout(sys.__stderr__):
         return LanguageModel(config, make_mlp, make_table)
 
 
@@ -58,7 +58,7 @@ def init_parameters(
     named = [
         (experts.canonical_name(name), param)
         for name, param in model.named_parameters()
-        if getattr(param, "role", None) != "table"
+        if getattr(param, "role", None) != "table" and not is_padding(param)
     ]
 
     def fill(name: str, param: nn.Parameter) -> None:

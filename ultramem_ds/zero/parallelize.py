@@ -9,7 +9,7 @@ from ultramem_ds.checkpoint.state import OptimizerState, OwnState
 from ultramem_ds.config.deepspeed import offload_device, zero_stage
 from ultramem_ds.config.schema import Config
 from ultramem_ds.model.recompute import recompute_blocks
-from ultramem_ds.planning.planner import resolve_partition
+from ultramem_ds.planning.partition import decide_partition
 from ultramem_ds.sharding.comm import Comm
 from ultramem_ds.sharding.execution import Clock, no_clock
 from ultramem_ds.sharding.groups import TableGroups, make_groups
@@ -70,7 +70,9 @@ def parallelize(
     """
     prepare_offload(engine_config, ranks.rank)
     groups = _table_groups(config, ranks, clock) if config.has_memory else None
-    partition = resolve_partition(config, ranks.world_size) if config.has_memory else ""
+    partition = ""
+    if groups is not None:
+        partition = decide_partition(config, Comm(), groups, ranks.device)
     experts = ExpertShare.of(config, ranks.rank, ranks.world_size)
 
     model = build_model(config, engine_config, groups, experts)

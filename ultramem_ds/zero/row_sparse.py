@@ -4,9 +4,9 @@ Phases of an optimizer step, and who holds what:
 
 1. *Lookup.* :class:`RowSparseShard` brings the distinct rows asked for up to date, copies them into
    a table of their own, and lets the scheme's kernels read and accumulate there. Nothing of the
-   shard's size is touched.
-2. *Publish.* The gradients of all micro-batches (and of other copies of the table) are added by
-   row; their squared norm joins ZeRO's, so that logged norm and clipping are the whole model's.
+   shard's size is touched. After its backward the rows' gradients join the step's sum.
+2. *Publish.* The sums of other copies of the table are added by row; the squared norm joins
+   ZeRO's, so that logged norm and clipping are the whole model's.
 3. *Finish.* Once ZeRO has stepped the rest, the rows are stepped with the same clipping factor.
 
 Checkpoints hold one file per rank beside DeepSpeed's, in blocks like any other state, so that they
@@ -29,6 +29,7 @@ from ultramem_ds.optim.decision import Decision
 from ultramem_ds.optim.row_adam import LazyRowAdam
 from ultramem_ds.sharding.blocks import Piece
 from ultramem_ds.sharding.comm import Comm
+from ultramem_ds.sharding.row_sum import RowSum
 from ultramem_ds.sharding.shard import OpenShard, TableShard
 from ultramem_ds.sharding.table_plan import ShardLayout, TableSpec
 from ultramem_ds.zero.tables import Zero3Tables
@@ -36,6 +37,10 @@ from ultramem_ds.zero.tables import Zero3Tables
 
 class RowSparseShard(TableShard):
     """A shard whose gradient is kept by row: see the module's first phase.
+
+    What a micro-batch's backward has left is added to the step's sum as soon as no lookup is
+    between its forward and its backward: however many micro-batches a step has, their gradients
+    take no more than the shard does.
 
     Args:
         spec, layout, read, replicas: as of :class:`TableShard`.
@@ -52,45 +57,62 @@ class RowSparseShard(TableShard):
     ) -> None:
         super().__init__(spec, layout, read, replicas)
         self.adam = adam
+        self.gradients = RowSum(*layout.shape, adam.exp_avg_RV.device)
         self._pending: list[tuple[Tensor, Tensor]] = []
+        self._in_flight = 0
 
     def open(self, rows: Tensor) -> OpenShard:
         """The rows asked for as a table of their own; gradients add up in one as small."""
         rows_U, local_rows = torch.unique(rows, return_inverse=True)
+        if not torch.is_grad_enabled():
+            return OpenShard(self.adam.read(rows_U), local_rows, None)
         self.adam.refresh(rows_U)
         values_UV = self.values().index_select(0, rows_U)
-        if not torch.is_grad_enabled():
-            return OpenShard(values_UV, local_rows, None)
         grad_UV = torch.zeros_like(values_UV, dtype=torch.float32)
         self._pending.append((rows_U, grad_UV))
+        self._in_flight += 1
         return OpenShard(values_UV, local_rows, grad_UV)
+
+    def close(self) -> None:
+        """See :class:`TableShard`."""
+        self._in_flight -= 1
+        if self._in_flight == 0:
+            self._merge()
+
+    def _merge(self) -> None:
+        for rows_U, grad_UV in self._pending:
+            self.gradients.add(rows_U, grad_UV)
+        self._pending.clear()
 
     def take_gradient(self) -> tuple[Tensor, Tensor]:
         """Distinct ascending rows and their gradients, summed over lookups and copies.
 
         A collective among the copies; once per optimizer step. Empties what was accumulated.
         """
-        rows_U, grad_UV = _add_by_row(self._pending)
-        self._pending = []
+        self._merge()  # what a forward without a backward left: zeros
+        self._in_flight = 0
+        rows_U, grad_UV = self.gradients.take()
         if self.replicas.world_size == 1:
             return rows_U, grad_UV
         counts_P = self.replicas.all_gather(rows_U.new_tensor([rows_U.numel()]), "counts").view(-1)
         counts = counts_P.tolist()
+        if len(counts) * max(counts) > self.layout.num_rows:
+            return self._reduce_whole(rows_U, grad_UV)
         padding = max(counts) - rows_U.numel()
         rows_PU = self.replicas.all_gather(_pad(rows_U, padding), "gradients")
         grad_PUV = self.replicas.all_gather(_pad(grad_UV, padding), "gradients")
-        return _add_by_row(
-            [(rows[:n], grad[:n]) for rows, grad, n in zip(rows_PU, grad_PUV, counts)]
-        )
+        for copy_rows_U, copy_grad_UV, count in zip(rows_PU, grad_PUV, counts):
+            self.gradients.add(copy_rows_U[:count], copy_grad_UV[:count])
+        return self.gradients.take()
 
-
-def _add_by_row(parts: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
-    if len(parts) == 1:
-        return parts[0]
-    rows_U, place_M = torch.unique(torch.cat([rows for rows, _ in parts]), return_inverse=True)
-    grad_MV = torch.cat([grad for _, grad in parts])
-    grad_UV = grad_MV.new_zeros(rows_U.numel(), grad_MV.shape[1])
-    return rows_U, grad_UV.index_add_(0, place_M, grad_MV)
+    def _reduce_whole(self, rows_U: Tensor, grad_UV: Tensor) -> tuple[Tensor, Tensor]:
+        """Sums over the copies where all their rows together are more than the shard."""
+        grad_RV = grad_UV.new_zeros(self.layout.shape).index_copy_(0, rows_U, grad_UV)
+        touched_R = rows_U.new_zeros(self.layout.num_rows, dtype=torch.int32)
+        touched_R[rows_U] = 1
+        self.replicas.all_reduce_(grad_RV)
+        rows_U = self.replicas.all_reduce_(touched_R).nonzero().view(-1)
+        return rows_U, grad_RV.index_select(0, rows_U)
 
 
 def _pad(x_U: Tensor, count: int) -> Tensor:
@@ -143,6 +165,8 @@ class RowSparseTables(Zero3Tables):
         """Step the rows if ZeRO stepped the rest, clipped alike."""
         gradients, self._gradients = self._gradients, []
         if not decision.apply:
+            for shard, (rows_U, _) in zip(self.row_shards, gradients):
+                shard.adam.refresh(rows_U)  # in every copy, as where they were looked up
             return
         scale = decision.grad_scale / self.world_size
         for shard, (rows_U, grad_UV) in zip(self.row_shards, gradients):

@@ -12,6 +12,7 @@ from torch import Tensor
 from ultramem_ds.checkpoint.state import MASTER, MOMENTS
 from ultramem_ds.sharding.blocks import Block, Piece, flat_range
 from ultramem_ds.zero.deepspeed_import import deepspeed
+from ultramem_ds.zero.experts import is_padding
 
 
 def adam_buffers(optimizer: torch.optim.Optimizer, master: Tensor) -> dict[str, Tensor]:
@@ -44,7 +45,8 @@ class Zero12State:
     """
 
     def __init__(self, engine: Any, canonical: Callable[[str], str]) -> None:
-        self._named = [(canonical(name), p) for name, p in engine.module.named_parameters()]
+        named = engine.module.named_parameters()
+        self._named = [(canonical(name), p) for name, p in named if not is_padding(p)]
         self._zero = engine.optimizer
 
     @property

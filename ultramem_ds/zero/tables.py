@@ -27,6 +27,7 @@ from torch import Tensor, nn
 
 from ultramem_ds.checkpoint.state import OwnState
 from ultramem_ds.kernels.hugepages import advise_huge_pages
+from ultramem_ds.model.memory.layer import MemoryLayer
 from ultramem_ds.model.memory.lookup import ValueTable
 from ultramem_ds.optim.decision import Decision
 from ultramem_ds.sharding.blocks import Block
@@ -153,6 +154,18 @@ class Zero3Tables:
         advise_huge_pages(zero.grad_partitions_flat_buffer)
         for param, shard in zip(self.params, self.shards):
             shard.borrow_gradient(lambda p=param: zero._get_fp32_grad_state_partition(p, False)[0])  # type: ignore[misc]
+
+    def readers(self, layers: Sequence[MemoryLayer]) -> dict[str, Callable[[], Tensor]]:
+        """This rank's pieces of the memory layers' values and keys, by what statistics call them.
+
+        Args:
+            layers: in the order of the tables.
+        """
+        found: dict[str, Callable[[], Tensor]] = {}
+        for index, (layer, shard) in enumerate(zip(layers, self.shards)):
+            found[f"layer_{index}/value"] = shard.values
+            found[f"layer_{index}/key"] = shard_reader(layer.retrieval.keys.weight)
+        return found
 
     def publish_gradients(self) -> None:
         """Hand the gradients to ZeRO; once per optimizer step, before ``engine.step``."""

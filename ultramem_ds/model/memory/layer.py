@@ -99,12 +99,17 @@ class MemoryLayer(nn.Module):
         lookup = self.lookup.start(rows_TK, projectors_TK, selection.scores_TKh)
         return PendingMemory(lookup, selection, permuted_TK, rows_TK, x_BSD.shape)
 
-    def finish(self, pending: PendingMemory) -> Tensor:
-        """Wait and project: the (B, S, D) output to add to the residual stream, after dropout."""
+    def finish(self, pending: PendingMemory, residual_BSD: Tensor | None = None) -> Tensor:
+        """Wait and project: the (B, S, D) output to add to the residual stream, after dropout.
+
+        Args:
+            pending: What ``start`` returned.
+            residual_BSD: The stream it will be added to; only statistics look at it.
+        """
         pooled_TX = pending.lookup.wait().flatten(1)
         output_BSD = self.value_proj(pooled_TX).view(pending.shape)
         self._observer().observe(
-            pending.selection, pending.rows_TK, pending.permuted_TK, output_BSD
+            pending.selection, pending.rows_TK, pending.permuted_TK, output_BSD, residual_BSD
         )
         return self.dropout(output_BSD)
 

@@ -9,7 +9,7 @@ host before ``summaries``.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Protocol
 
 import torch
@@ -20,7 +20,7 @@ from ultramem_ds.model.memory.retrieval import Selection
 
 # T tokens, H heads, K = m*H rows per token, h cores, m top-m, r Tucker rank, N physical rows.
 
-MAX_BUCKETS = 1 << 20  # usage counts per id space, int32: 4 MiB
+MAX_BUCKETS = 1 << 20  # usage counts per id space: 8 MiB
 RECALL_TOKENS = 4  # per sampled forward; the exhaustive search of each costs H * n^2
 
 _MOMENTS = (
@@ -31,6 +31,8 @@ _MOMENTS = (
     "output_count",
     "output_sum",
     "output_square",
+    "residual_count",
+    "residual_square",
     "aux_loss",
     "recall",
 )
@@ -39,18 +41,20 @@ _MOMENTS = (
 class UsageCounter:
     """Counts how often each of ``num_ids`` ids occurred, in at most ``MAX_BUCKETS`` buckets.
 
+    In 64 bits: where a layer collapses, one id is meant by every token of a window on all ranks.
+
     Ids share buckets (by remainder) where there are more ids than buckets; the slots' permutation
     makes that as good as random.
     """
 
     def __init__(self, num_ids: int, device: torch.device) -> None:
         self.num_ids = num_ids
-        self.counts = torch.zeros(min(num_ids, MAX_BUCKETS), dtype=torch.int32, device=device)
+        self.counts = torch.zeros(min(num_ids, MAX_BUCKETS), dtype=torch.int64, device=device)
 
     def add(self, ids: Tensor) -> None:
         """Count ids of any shape."""
         buckets = ids.flatten() % self.counts.numel()
-        ones = torch.ones((), dtype=torch.int32, device=ids.device).expand_as(buckets)
+        ones = torch.ones((), dtype=torch.int64, device=ids.device).expand_as(buckets)
         self.counts.scatter_add_(0, buckets, ones)
 
 
@@ -92,9 +96,14 @@ class Observer(Protocol):
         ...
 
     def observe(
-        self, selection: Selection, rows_TK: Tensor, permuted_TK: Tensor, output_BSD: Tensor
+        self,
+        selection: Selection,
+        rows_TK: Tensor,
+        permuted_TK: Tensor,
+        output_BSD: Tensor,
+        residual_BSD: Tensor | None,
     ) -> None:
-        """See one finished forward: its selection, physical rows, permuted slots and output."""
+        """See one finished forward: selection, physical rows, permuted slots, output, stream."""
         ...
 
 
@@ -104,7 +113,12 @@ class NoStats:
     recall_tokens = 0
 
     def observe(
-        self, selection: Selection, rows_TK: Tensor, permuted_TK: Tensor, output_BSD: Tensor
+        self,
+        selection: Selection,
+        rows_TK: Tensor,
+        permuted_TK: Tensor,
+        output_BSD: Tensor,
+        residual_BSD: Tensor | None,
     ) -> None:
         """Ignore the forward."""
 
@@ -135,7 +149,12 @@ class LayerStats:
 
     @torch.no_grad()
     def observe(
-        self, selection: Selection, rows_TK: Tensor, permuted_TK: Tensor, output_BSD: Tensor
+        self,
+        selection: Selection,
+        rows_TK: Tensor,
+        permuted_TK: Tensor,
+        output_BSD: Tensor,
+        residual_BSD: Tensor | None,
     ) -> None:
         """See ``Observer``."""
         self.rows.add(rows_TK)
@@ -153,6 +172,8 @@ class LayerStats:
             output.new_tensor(float(output.numel())),
             output.sum(),
             output.square().sum(),
+            output.new_tensor(0.0 if residual_BSD is None else float(residual_BSD.numel())),
+            output.new_tensor(0.0) if residual_BSD is None else residual_BSD.float().square().sum(),
             selection.aux_loss,
             selection.diagnosis.recall,
         ]
@@ -174,6 +195,7 @@ class LayerStats:
                 "output_std": max(square - mean * mean, 0.0) ** 0.5,
                 "aux_loss": values["aux_loss"] / values["forwards"],
                 "recall": values["recall"] / values["forwards"],
+                **_share_of_stream(square, values),
                 **{f"singular_value_{i}": v for i, v in enumerate(singular.tolist(), 1)},
             }
         rows, slots = usage.split([self.rows.counts.numel(), self.slots.counts.numel()])
@@ -189,6 +211,14 @@ class LayerStats:
         self.moments.zero_()
         self.rows.counts.zero_()
         self.slots.counts.zero_()
+
+
+def _share_of_stream(output_square: float, values: Mapping[str, float]) -> dict[str, float]:
+    """Root mean square of the output over the residual stream's, where that was shown."""
+    if not values["residual_square"]:
+        return {}
+    stream_square = values["residual_square"] / values["residual_count"]
+    return {"output_share": (output_square / stream_square) ** 0.5}
 
 
 class StatsWindow:
@@ -211,7 +241,7 @@ class StatsWindow:
             layer.sampling = True
 
     def tensors(self) -> list[Tensor]:
-        """What to sum over ranks: moments (float64) and usage counts (int32) of all layers."""
+        """What to sum over ranks: moments (float64) and usage counts (int64) of all layers."""
         moments = torch.cat([layer.moments for layer in self.layers])
         counts = [counter.counts for layer in self.layers for counter in (layer.rows, layer.slots)]
         return [moments, torch.cat(counts)]
@@ -220,9 +250,9 @@ class StatsWindow:
         """Numbers of the window from ``tensors`` summed over ranks.
 
         Returns:
-            ``layer_i/name`` for the names ``top1_score last_score output_std aux_loss recall
-            singular_value_1..r`` (where something was sampled) and ``rows_touched slots_touched``
-            (shares) ``rows_kl slots_kl`` (nats).
+            ``layer_i/name`` for the names ``top1_score last_score output_std output_share aux_loss
+            recall singular_value_1..r`` (where something was sampled) and ``rows_touched
+            slots_touched`` (shares) ``rows_kl slots_kl`` (nats).
         """
         moments, usage = (tensor.chunk(len(self.layers)) for tensor in tensors)
         return {

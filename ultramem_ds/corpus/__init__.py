@@ -1,0 +1,1 @@
+"""A corpus of real text made from the packages of Debian and PyPI (docs/corpus.md)."""

@@ -1,0 +1,179 @@
+"""What one rank holds, in bytes: pure arithmetic on a configuration.
+
+Letters: N rows of a table, V value width, P ranks that share one copy of the tables, X experts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from ultramem_ds.config.deepspeed import BatchPlan
+from ultramem_ds.config.schema import Config
+from ultramem_ds.model.accounting import count
+from ultramem_ds.planning.batches import activation_bytes_per_sequence
+from ultramem_ds.planning.costs import distinct_rows
+from ultramem_ds.planning.experts import expert_layout
+from ultramem_ds.sharding.table_plan import padded_rows
+
+GRADIENT_BYTES = 4  # gradients are accumulated in fp32
+MOMENT_BYTES = 8  # Adam's two, fp32
+MASTER_BYTES = 4  # fp32 weights beside those that compute
+# ZeRO-3 keeps a gathered parameter that is used again before so many others: DeepSpeed's default.
+REUSE_DISTANCE = 1_000_000_000
+PROCESS_BYTES = 270_000_000  # Python, PyTorch and DeepSpeed, resident; benchmarks/paper_size.py
+
+
+@dataclass(frozen=True, kw_only=True)
+class MemoryPlan:
+    """Bytes on one rank at the fullest moment of a step."""
+
+    weights: int  # with what ZeRO-3 keeps gathered
+    gradients: int
+    optimizer: int
+    activations: int  # of one micro-batch, the lookups' buffers under the chosen scheme included
+    buffers: int  # DeepSpeed's reduction buckets, and the copy of gradients that its step makes
+    process: int  # the program itself, on CPUs
+
+    @property
+    def total(self) -> int:
+        """Everything that is counted."""
+        return sum(asdict(self).values())
+
+    def parts(self) -> dict[str, int]:
+        """Every field by name, ``total`` last."""
+        return {**asdict(self), "total": self.total}
+
+
+@dataclass(frozen=True)
+class _Held:
+    """Bytes of one kind of parameters."""
+
+    weights: int = 0
+    gradients: int = 0
+    optimizer: int = 0
+    buffers: int = 0
+
+
+def memory_plan(
+    config: Config,
+    world_size: int,
+    ranks: int,
+    zero: Mapping[str, Any],
+    batches: BatchPlan,
+    lookups: int,
+) -> MemoryPlan:
+    """Bytes on one rank: tables by shard, experts by group, the rest by ZeRO stage.
+
+    Args:
+        config: what is trained.
+        world_size: all ranks.
+        ranks: P.
+        zero: ``zero_optimization`` of the DeepSpeed configuration.
+        batches: how a step is cut up.
+        lookups: bytes that the lookups of one micro-batch keep for their backward.
+    """
+    sparse = _Held()
+    if config.has_memory:
+        sparse = _tables(config, ranks, zero, batches)
+    elif config.model.kind == "moe":
+        sparse = _experts(config, world_size)
+    dense = _dense(config, world_size, zero)
+    per_sequence = activation_bytes_per_sequence(config)
+    return MemoryPlan(
+        weights=dense.weights + sparse.weights,
+        gradients=dense.gradients + sparse.gradients,
+        optimizer=dense.optimizer + sparse.optimizer,
+        activations=batches.micro_batch_size * per_sequence + lookups,
+        buffers=dense.buffers + sparse.buffers,
+        process=PROCESS_BYTES,
+    )
+
+
+def _dense(config: Config, world_size: int, zero: Mapping[str, Any]) -> _Held:
+    """Attention, MLPs, norms, embedding and head."""
+    size, width, stage = count(config), value_bytes(config), zero.get("stage", 0)
+    embedding = 2 * config.model.vocab_size * config.model.hidden_size
+    dense = size.dense_params + size.norm_params + embedding
+    mine = dense // world_size
+    bucket = min(dense, int(zero.get("reduce_bucket_size", 5e8))) * width
+    master = MASTER_BYTES if stage != 3 or width == 2 else 0  # in fp32 ZeRO-3 has no other copy
+    optimizer = (MOMENT_BYTES + master) * mine
+    if stage == 3:
+        gathered = min(dense, REUSE_DISTANCE)
+        copied = min(mine, _sub_group_size(zero) + embedding // 2 // world_size)
+        return _Held(
+            width * (mine + gathered),
+            GRADIENT_BYTES * mine,
+            optimizer,
+            bucket + GRADIENT_BYTES * copied,
+        )
+    if stage == 2:
+        bucket *= 2 if zero.get("overlap_comm") else 1
+        gradients = GRADIENT_BYTES * mine
+        return _Held(width * dense, gradients, optimizer, bucket + gradients)
+    # bf16: a backward's own gradients beside the sums. fp32: the step's copy of this rank's.
+    extra = width * dense if width == 2 else GRADIENT_BYTES * mine
+    return _Held(width * dense, GRADIENT_BYTES * dense, optimizer, extra)
+
+
+def _experts(config: Config, world_size: int) -> _Held:
+    """Padding takes what an expert takes."""
+    layout = expert_layout(config, world_size)
+    per_expert = count(config).sparse_params // config.moe.num_experts
+    here = per_expert * layout.slots_per_rank
+    # Experts are data-parallel over the groups that hold the same ones.
+    mine = here // (world_size // layout.group_size)
+    return _Held(
+        value_bytes(config) * here,
+        GRADIENT_BYTES * mine,
+        (MASTER_BYTES + MOMENT_BYTES) * mine,
+        GRADIENT_BYTES * mine,
+    )
+
+
+def _sub_group_size(zero: Mapping[str, Any]) -> int:
+    """Elements of this rank after which ZeRO-3's step begins another flat buffer."""
+    return int(zero.get("sub_group_size", 1e9))
+
+
+def _tables(config: Config, ranks: int, zero: Mapping[str, Any], batches: BatchPlan) -> _Held:
+    memory, width = config.memory, value_bytes(config)
+    num_tables = len(memory.spans)
+    table = padded_rows(memory.num_rows, ranks) * memory.value_dim // ranks
+    here = num_tables * table
+    master = MASTER_BYTES if width == 2 else 0
+    optimizer = (MOMENT_BYTES + master) * here
+    if memory.table_optimizer != "dense":
+        gradients = num_tables * _row_gradients(config, ranks, batches)
+        return _Held(width * here, gradients, optimizer)
+    # Lookups add where ZeRO keeps them; under offload that is elsewhere. Its step lays those of a
+    # sub-group side by side.
+    offloaded = zero.get("offload_optimizer", {}).get("device", "none") != "none"
+    gradients = GRADIENT_BYTES * here * (2 if offloaded else 1)
+    side_by_side = min(num_tables, -(-_sub_group_size(zero) // table))
+    copied = side_by_side * table if side_by_side > 1 else 0
+    return _Held(width * here, gradients, optimizer, GRADIENT_BYTES * copied)
+
+
+def _row_gradients(config: Config, ranks: int, batches: BatchPlan) -> int:
+    """Gradients of the rows that one table's lookups of a step touch, for uniform ids.
+
+    The sum over micro-batches has room for up to twice as many rows as it holds, never for more
+    than the shard has; the last micro-batch's own are beside it, with a copy of their values.
+    """
+    memory = config.memory
+    entries = batches.micro_batch_size * config.model.seq_len * memory.rows_per_token * ranks
+    once = distinct_rows(entries, memory.num_rows)
+    held = once
+    if batches.accumulation_steps > 1:
+        held = distinct_rows(entries * batches.accumulation_steps, memory.num_rows)
+        held = min(2 * held, memory.num_rows)
+    row = memory.value_dim * (GRADIENT_BYTES * (held + once) + value_bytes(config) * once)
+    return int(row / ranks)
+
+
+def value_bytes(config: Config) -> int:
+    """Bytes of one stored weight."""
+    return 2 if config.train.precision == "bf16" else 4
