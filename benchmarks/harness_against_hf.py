@@ -34,7 +34,6 @@ from ultramem_ds.harness.quiet import without_bars
 from ultramem_ds.harness.service import Service
 from ultramem_ds.harness.tasks import SEED, load_tasks
 from ultramem_ds.infer.load import load_model
-from ultramem_ds.infer.prepare import prepare_for_decoding
 from ultramem_ds.telemetry.markdown import markdown_table
 
 # Row of the table -> task, shots, method.
@@ -99,7 +98,7 @@ def main() -> None:
     args = parser.parse_args()
     require_lm_eval()
     tokenizer = load_tokenizer(run_dir_of(args.checkpoint))
-    model = prepare_for_decoding(load_model(args.checkpoint))
+    model = load_model(args.checkpoint)
     budget = max_tokens(model.config, torch.device("cpu"), torch.float32)
     service = Service(model, tokenizer, max_tokens=budget)
     theirs_model = AutoModelForCausalLM.from_pretrained(args.export, dtype=torch.float32).eval()
