@@ -4,9 +4,10 @@
     python benchmarks/harness_against_hf.py --checkpoint RUN --export EXPORT --task-data DIR
 
 One checkpoint, its transformers export, fp32, the same requests to both on the same machine, one
-after the other, timed in CPU seconds after a first request to each: letters (MMLU, 5 shots), endings (HellaSwag), sentences (WinoGrande, 5 shots),
-generated answers (TriviaQA, 5 shots, cut to ``--new-tokens``) and whole passages (BoolQ's).
-``hf`` runs with each batch size of ``--batch-sizes`` and its best time counts. Prints Markdown.
+after the other, timed in CPU seconds after a first request to each: letters (MMLU, 5 shots),
+endings (HellaSwag), sentences (WinoGrande, 5 shots), generated answers (TriviaQA, 5 shots, cut to
+``--new-tokens``) and whole passages (BoolQ's). ``hf`` runs with each batch size of
+``--batch-sizes`` and its best time counts. Prints Markdown.
 """
 
 from __future__ import annotations
