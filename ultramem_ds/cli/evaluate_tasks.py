@@ -29,7 +29,6 @@ def evaluate_tasks(arguments: argparse.Namespace) -> int:
     from ultramem_ds.harness.service import Service
     from ultramem_ds.harness.summary import summarise
     from ultramem_ds.harness.tasks import load_tasks
-    from ultramem_ds.infer.prepare import prepare_for_decoding
     from ultramem_ds.infer.source import open_source
 
     source = open_source(arguments.checkpoint)
@@ -44,7 +43,7 @@ def evaluate_tasks(arguments: argparse.Namespace) -> int:
         model = here.load(source, arguments.precision)
         config, dtype = model.config, model.embedding.weight.dtype
         service = Service(
-            prepare_for_decoding(model),
+            model,  # as trained: weights packed for decoding are slow at thousands of rows
             tokenizer,
             max_tokens=arguments.max_tokens or max_tokens(config, here.device, dtype),
             peers=here.peers,

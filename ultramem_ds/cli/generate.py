@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-PRECISIONS = ("auto", "fp32", "bf16")
+from ultramem_ds.infer.precision import PRECISIONS
 
 
 def add_parser(subparsers: argparse._SubParsersAction) -> None:

@@ -7,7 +7,9 @@ for perplexity.
 
 from __future__ import annotations
 
+import copy
 import difflib
+import functools
 import random
 import re
 from collections.abc import Callable, Iterator, Sequence
@@ -85,7 +87,7 @@ def load_tasks(
     """
     if data_dir is not None and not data_dir.is_dir():
         raise ValueError(f"--task-data {data_dir}: no such directory")
-    manager = TaskManager()
+    manager = _fresh_manager()
     index = manager.task_index
     index[ARC_LETTER["task"]] = Entry(ARC_LETTER["task"], Kind.TASK, None, ARC_LETTER, set())
     is_paper = GROUP in names
@@ -111,6 +113,19 @@ def load_tasks(
         if task.OUTPUT_TYPE == "loglikelihood_rolling":
             _add_token_perplexity(task, count_tokens)
     return TaskSet(tuple(expanded), loaded, local, is_paper)
+
+
+@functools.cache
+def _all_tasks() -> TaskManager:
+    """The harness' index: thousands of files are read for it, once per process."""
+    return TaskManager()
+
+
+def _fresh_manager() -> TaskManager:
+    """One whose index may be changed."""
+    manager = copy.copy(_all_tasks())
+    manager._index = dict(manager._index)
+    return manager
 
 
 def _expand(names: Sequence[str]) -> Iterator[str]:
@@ -196,8 +211,12 @@ def _text_task(path: Path) -> dict[str, Any]:
         "doc_to_text": "",
         "doc_to_target": "text",
         "metric_list": [
-            {"metric": name, "aggregation": name, "higher_is_better": False}
-            for name in ("word_perplexity", "byte_perplexity", "bits_per_byte")
+            {"metric": name, "aggregation": aggregation, "higher_is_better": False}
+            for name, aggregation in (
+                ("word_perplexity", "weighted_perplexity"),
+                ("byte_perplexity", "weighted_perplexity"),
+                ("bits_per_byte", "bits_per_byte"),
+            )
         ],
         "metadata": {"version": 1.0},
     }

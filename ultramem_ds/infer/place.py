@@ -9,20 +9,17 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Literal, TypeAlias
 
 import torch
 
 from ultramem_ds.infer.load import load_sharded, load_whole
 from ultramem_ds.infer.peers import ALONE, Peers
+from ultramem_ds.infer.precision import Precision
 from ultramem_ds.infer.source import Source
 from ultramem_ds.model.lm import LanguageModel
 from ultramem_ds.sharding.comm import Comm
 from ultramem_ds.utils.environment import adopt
 from ultramem_ds.zero.runtime import runtime
-
-Precision: TypeAlias = Literal["auto", "fp32", "bf16"]
-PRECISIONS: tuple[Precision, ...] = ("auto", "fp32", "bf16")
 
 
 @dataclass(frozen=True)
