@@ -26,9 +26,17 @@ import lm_eval.tasks
 from lm_eval.tasks._yaml_loader import load_yaml
 
 AGIEVAL = (
-    "aqua_rat gaokao_english logiqa_en lsat_ar lsat_lr lsat_rc math sat_en_without_passage sat_en "
-    "sat_math"
-).split()
+    "aqua_rat",
+    "gaokao_english",
+    "logiqa_en",
+    "lsat_ar",
+    "lsat_lr",
+    "lsat_rc",
+    "math",
+    "sat_en_without_passage",
+    "sat_en",
+    "sat_math",
+)
 SYNTHETIC = 40  # records of each made-up task
 
 

@@ -3,7 +3,8 @@
     python benchmarks/selection_flips.py --data DIR [--ranks 4] [--steps 10] [--bits 12] [overrides]
 
 Runs, all with the same seed, batch and micro-batch: one rank; P ranks; P ranks on which the slots
-of one rank are imposed; and one and P ranks that round scores to ``bits`` bits before ranking.
+of one rank are imposed; and one and P ranks that round scores to ``bits`` bits before ranking
+(0: without these).
 Prints, per step, how far the loss of P ranks is from that of one, as it is, with imposed slots, and
 rounded; how many selections are not those of one rank; and how near to a tie the widest of those
 was. ``--loss-steps`` also trains on one rank with and without rounding and compares the loss.
@@ -73,7 +74,7 @@ def main() -> None:
     parser.add_argument("--preset", default="ultramem-debug")
     parser.add_argument("--ranks", type=int, default=4)
     parser.add_argument("--steps", type=int, default=10)
-    parser.add_argument("--bits", type=int, default=12)
+    parser.add_argument("--bits", type=int, default=12, help="0 = no runs that round")
     parser.add_argument("--loss-steps", type=int, default=0)
     parser.add_argument("overrides", nargs="*", help="section.key=value, of all runs")
     args = parser.parse_args()
@@ -85,16 +86,17 @@ def main() -> None:
     one, slots, _ = run(1)[0]
     free = run(args.ranks)[0][0]
     replays = run(args.ranks, imposed=slots)
-    rounded = [run(ranks, args.bits)[0][0] for ranks in (1, args.ranks)]
+    rounded = [run(ranks, args.bits)[0][0] for ranks in (1, args.ranks)] if args.bits else []
     rows, seen = [], 0
     for step in range(args.steps):
         ties = [tie for _, _, flips in replays for tie in flips[step][1]]
         searches = sum(flips[step][0] for _, _, flips in replays)
-        apart = [(free, one), (replays[0][0], one), (rounded[1], rounded[0])]
-        row = [str(step), *(f"{abs(a[step] / b[step] - 1):.1e}" for a, b in apart)]
+        apart = [(free, one), (replays[0][0], one)] + ([tuple(rounded)] if rounded else [])
+        row = [str(step + 1), *(f"{abs(a[step] / b[step] - 1):.1e}" for a, b in apart)]
         rows.append([*row, f"{len(ties) - seen}", f"{max(ties, default=0):.1e}"])
         seen = len(ties)
-    header = ["step", f"{args.ranks} ranks from one", "slots imposed", f"{args.bits} bits"]
+    header = ["step", f"{args.ranks} ranks from one", "slots imposed"]
+    header += [f"{args.bits} bits"] if rounded else []
     header += ["flips", "widest tie so far"]
     print(markdown_table(header, rows))
     print(f"{seen} of {searches} selections flipped in {args.steps} steps")

@@ -23,10 +23,10 @@ from ultramem_ds.model.memory.tucker import TuckerCore
 # B sequences, S sequence length, D hidden, H heads, r Tucker rank, h cores, n keys per side,
 # d kdim, E expansion, N physical rows, V value width.
 
-_NORMS = {"default": "layernorm", "rms": "rmsnorm"}
+NORMS = {"default": "layernorm", "rms": "rmsnorm"}
 
 # Released name -> our name, for the arrays whose layout is the same.
-_SAME_LAYOUT = {
+SAME_LAYOUT = {
     "query_proj.weight": "retrieval.query.proj.weight",
     "query_norm.weight": "retrieval.query.norm.weight",
     "keys_norm.weight": "retrieval.keys.norm.weight",
@@ -34,10 +34,10 @@ _SAME_LAYOUT = {
     "values_proj.weight": "value_proj.weight",
     "shuffle_index": "shuffle.index",
 }
-_KEYS = "retrieval.keys.weight"  # (2, H, n, r, d) here
-_CORE = "retrieval.form.core"  # (h, H, r, r) here
-_DIRECTIONS = "retrieval.form.directions"  # (2, H, r) here
-_KEYS_PERMUTATION = (1, 0, 2, 4, 3)  # its own inverse
+KEYS = "retrieval.keys.weight"  # (2, H, n, r, d) here
+CORE = "retrieval.form.core"  # (h, H, r, r) here
+DIRECTIONS = "retrieval.form.directions"  # (2, H, r) here
+KEYS_PERMUTATION = (1, 0, 2, 4, 3)  # its own inverse
 
 
 class ReferenceLayer(nn.Module):
@@ -78,8 +78,8 @@ def reference_layer(
     Raises:
         ValueError: An unknown norm, or arrays that are missing, unknown or of the wrong shape.
     """
-    if norm not in _NORMS:
-        raise ValueError(f"norm={norm!r}: expected one of {', '.join(_NORMS)}")
+    if norm not in NORMS:
+        raise ValueError(f"norm={norm!r}: expected one of {', '.join(NORMS)}")
     model = ModelConfig(hidden_size=config["hidden_size"], num_heads=1, norm_eps=eps, dropout=0.0)
     memory = MemoryConfig(
         placement="1:1",
@@ -93,7 +93,7 @@ def reference_layer(
         expansion=config["value_expand_time"],
         query="shared",
         query_conv=0,
-        qk_norm=_NORMS[norm],  # type: ignore[arg-type]
+        qk_norm=NORMS[norm],  # type: ignore[arg-type]
         shuffle="stored",
         kernel=kernel,
     )
@@ -101,7 +101,7 @@ def reference_layer(
     layer = MemoryLayer(model, memory, table).double()
     state = _to_our_names(arrays, memory.num_cores)
     expected = layer.state_dict()
-    directions = state.setdefault(_DIRECTIONS, expected[_DIRECTIONS])
+    directions = state.setdefault(DIRECTIONS, expected[DIRECTIONS])
     for name in sorted(expected.keys() | state.keys()):
         ours = tuple(expected[name].shape) if name in expected else "no such array"
         given = tuple(state[name].shape) if name in state else "missing"
@@ -117,15 +117,15 @@ def reference_layer(
 def _to_our_names(arrays: Mapping[str, np.ndarray], num_cores: int) -> dict[str, Tensor]:
     """Released arrays -> a state dict of ``MemoryLayer``; unknown names are kept as they are."""
     left = {name: torch.from_numpy(np.array(array)) for name, array in arrays.items()}
-    state = {ours: left.pop(name) for name, ours in _SAME_LAYOUT.items() if name in left}
+    state = {ours: left.pop(name) for name, ours in SAME_LAYOUT.items() if name in left}
     core_names = [f"tucker_core.{i}" for i in range(num_cores)]
     if all(name in left for name in core_names):
-        state[_CORE] = torch.stack([left.pop(name) for name in core_names])
+        state[CORE] = torch.stack([left.pop(name) for name in core_names])
     if "keys" in left:
-        state[_KEYS] = left.pop("keys").permute(_KEYS_PERMUTATION).contiguous()
+        state[KEYS] = left.pop("keys").permute(KEYS_PERMUTATION).contiguous()
     if "tucker_core_u" in left and "tucker_core_v" in left:
         pair = (left.pop("tucker_core_u"), left.pop("tucker_core_v"))
-        state[_DIRECTIONS] = torch.stack([vectors[0, :, 0] for vectors in pair])
+        state[DIRECTIONS] = torch.stack([vectors[0, :, 0] for vectors in pair])
     return {**left, **state}
 
 
@@ -146,7 +146,7 @@ def reference_gradients(layer: ReferenceLayer) -> dict[str, Tensor]:
     missing = sorted(params.keys() - grads.keys())
     if missing:
         raise ValueError(f"no gradient for {', '.join(missing)}: run backward() first")
-    released = {name: grads[ours] for name, ours in _SAME_LAYOUT.items() if ours in grads}
-    released["keys"] = grads[_KEYS].permute(_KEYS_PERMUTATION).contiguous()
-    released |= {f"tucker_core.{i}": grad for i, grad in enumerate(grads[_CORE])}
+    released = {name: grads[ours] for name, ours in SAME_LAYOUT.items() if ours in grads}
+    released["keys"] = grads[KEYS].permute(KEYS_PERMUTATION).contiguous()
+    released |= {f"tucker_core.{i}": grad for i, grad in enumerate(grads[CORE])}
     return released

@@ -16,11 +16,14 @@ from pathlib import Path
 
 import pytest
 
+from tests.unit.bad_exports import EXPORTS
 from tests.unit.bad_input_files import REST
+from tests.unit.bad_input_texts import TEXTS
+from tests.unit.bad_input_tokens import TOKENS
 from tests.unit.bad_inputs import CONFIGURATION, DEEPSPEED, Case, Scene
 from ultramem_ds.cli.main import main
 
-CASES = [*CONFIGURATION, *DEEPSPEED, *REST]
+CASES = [*CONFIGURATION, *DEEPSPEED, *REST, *TEXTS, *TOKENS, *EXPORTS]
 DOCUMENT = Path(__file__).resolve().parents[2] / "docs" / "bad-input.md"
 UPDATE = "UPDATE_BAD_INPUT"
 

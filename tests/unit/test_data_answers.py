@@ -18,6 +18,7 @@ from ultramem_ds.data.mixture import Mixture
 from ultramem_ds.data.options import ReadOptions
 from ultramem_ds.data.prepare import PrepareConfig, prepare
 from ultramem_ds.data.tokenizers import load_tokenizer
+from ultramem_ds.model.init import init_module
 from ultramem_ds.model.lm import LanguageModel
 from ultramem_ds.train.evaluate import evaluate
 
@@ -33,14 +34,14 @@ CHAT = [
 
 def counted(tokenizer, ids, mask):
     """Text of the document and of the runs of ids that count, end-of-text ids as a bar."""
-    runs, text = [], ""
-    for token, counts in zip(ids.tolist(), mask.tolist()):
-        piece = "|" if token == tokenizer.eos_id else tokenizer.decode([token])
-        text += piece
-        if counts:
-            runs = [*runs[:-1], runs[-1] + piece] if runs and last else [*runs, piece]
-        last = counts
-    return text, runs
+
+    def text_of(part):
+        at_ends = np.flatnonzero(part == tokenizer.eos_id) + 1
+        pieces = [tokenizer.decode(p.tolist()) for p in np.split(part, at_ends)]
+        return "|".join(pieces)
+
+    edges = np.flatnonzero(np.diff(mask, prepend=0, append=0))
+    return text_of(ids), [text_of(ids[a:b]) for a, b in zip(edges[::2], edges[1::2])]
 
 
 def test_what_counts_in_a_chat():
@@ -124,9 +125,7 @@ def prepared_answers(tmp_path_factory):
     """Prompts with answers, and one plain subset beside them made apart."""
     root = tmp_path_factory.mktemp("answers")
     small_tokenizer().save(root)
-    rows = [
-        {"prompt": f"Q {text[:30]}\nA", "completion": text[30:]} for text in make_texts(100, 200)
-    ]
+    rows = [{"prompt": f"Q {text[:9]}\nA", "completion": text[9:]} for text in make_texts(100, 200)]
     (root / "qa.jsonl").write_bytes(lines_of([*rows, {"prompt": "no answer"}]))
     config = PrepareConfig(validation_share=0.2, reading=ReadOptions(format="completion"))
     prepare([root / "qa.jsonl"], root / "data", root / "tokenizer.json", config)
@@ -201,8 +200,9 @@ def test_plain_text_has_no_mask(tmp_path):
 @pytest.mark.parametrize("preset", ["dense-debug", "pkm-debug", "moe-debug", "ultramem-debug"])
 def test_the_loss_is_the_mean_over_answers(preset):
     config = load_config(preset, ["model.vocab_size=64", "model.seq_len=16"])
-    torch.manual_seed(0)
     model = LanguageModel(config).eval()
+    init_module(model, config, 0)
+    torch.manual_seed(0)
     tokens = torch.randint(64, (2, 17))
     mask = torch.rand(2, 16) < 0.3
     logits = model.logits(tokens[:, :-1]).log_softmax(-1)

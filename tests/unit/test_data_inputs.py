@@ -14,6 +14,7 @@ import pytest
 from pyarrow import parquet
 
 from tests.unit.data_corpus import lines_of, make_texts, small_tokenizer
+from ultramem_ds.data import sources
 from ultramem_ds.data.inspect import describe
 from ultramem_ds.data.manifest import load_manifest
 from ultramem_ds.data.options import ReadOptions
@@ -68,7 +69,7 @@ def test_every_spelling_of_a_suffix_is_read(tmp_path, name):
     assert look(tmp_path) == (TEXTS, [], [], {}, {})
 
 
-def test_text_files_are_one_document_or_one_per_line(tmp_path):
+def test_text_files_are_one_document_or_one_per_line(tmp_path, monkeypatch):
     put(tmp_path / "a.txt", b"\xef\xbb\xbfone\r\n\r\n two\n")
     put(tmp_path / "b.TXT.bz2", bz2.compress(b"three"))
     assert look(tmp_path)[0] == ["one\r\n\r\n two\n", "three"]
@@ -76,6 +77,9 @@ def test_text_files_are_one_document_or_one_per_line(tmp_path):
     put(tmp_path / "b.TXT.bz2", bz2.compress(b"x" * 5000))
     (reason,) = look(tmp_path, max_line_bytes=4000)[1]
     assert "longer than 4000" in reason and "--text-files line" in reason
+    put(tmp_path / "b.TXT.bz2", bz2.compress(b"three"))
+    monkeypatch.setattr(sources, "_MIN_UNIT_BYTES", 4)
+    assert look(tmp_path, text_files="line")[0] == ["one", " two", "three"], "in byte ranges"
     put(tmp_path / "c.txt", LINES)
     assert look(tmp_path / "c.txt")[0] == TEXTS, "JSON lines are not taken for a text"
     assert "JSON" in look(tmp_path)[4]["c.txt"]
@@ -86,6 +90,7 @@ NOT_READ = {
     "README": (b"text", "no suffix"),
     "x.jsonl.tmp": (LINES, "suffix .tmp"),
     "dataset_infos.json": (b"{}", "beside data"),
+    "README.txt": (b"text", "beside data"),
     "empty.jsonl": (b"", "0 bytes"),
     "empty.parquet": (b"", "0 bytes"),
     "empty.jsonl.zst": (b"", "0 bytes"),
@@ -403,9 +408,10 @@ def test_outputs_are_no_inputs(tmp_path, tokenizer):
         prepare([tmp_path / "in"], tmp_path / "in" / name, tokenizer)
         prepare([tmp_path / "in"], tmp_path / "in" / name, tokenizer)
     assert load_manifest(tmp_path / "in/two").account["not_input"] == {
-        "output of prepare": ["one/"],
-        "the output directory": ["two/"],
+        "output of prepare": ["one/"]
     }
+    found = survey([str(tmp_path / "in")], None, {tmp_path / "in/two": "the output directory"})
+    assert {entry.name for entry in found.skipped} == {"one/", "two/"}
     with pytest.raises(ValueError, match="is the output directory"):
         prepare([tmp_path / "in"], tmp_path / "in", tokenizer)
     shutil.copy(tokenizer, tmp_path / "in/t.json")

@@ -21,7 +21,7 @@ from ultramem_ds.data.manifest import Manifest, SubsetInfo, TokenizerInfo
 from ultramem_ds.data.micro_batch import Boundaries
 from ultramem_ds.data.mixture import Mixture, num_sequences, quotas_of
 from ultramem_ds.data.permutation import Permutation
-from ultramem_ds.data.sources import REDPAJAMA_WEIGHTS
+from ultramem_ds.data.subsets import REDPAJAMA_WEIGHTS
 from ultramem_ds.data.validation import ValidationSet, validation_subsets
 
 VOCAB_SIZE = 60_000

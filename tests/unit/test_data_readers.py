@@ -147,7 +147,7 @@ def test_any_byte_ranges_give_every_line_once(texts, step, crlf, last):
     content += newline if last and texts else b""
     with TemporaryDirectory() as name:
         path = write(Path(name) / "x.jsonl", content)
-        whole = find_units([str(path)])
+        whole = find_units([str(path)]) if content else ()  # an empty file is skipped, and said
         ranges = [
             dataclasses.replace(unit, begin=begin, end=min(begin + step, len(content)))
             for unit in whole

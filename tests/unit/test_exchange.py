@@ -173,6 +173,93 @@ def test_card_and_run_record_say_what_the_run_was(model, whole):
     assert record["tokenizer_hash"] == small_tokenizer().hash
 
 
+def released(model: LanguageModel, tied: bool = False) -> dict[str, Tensor]:
+    """``model`` under the names of the authors' state dict."""
+    theirs: dict[str, Tensor] = {}
+    outer = {"embedding": "wte", "final_norm": "ln_f", "head": "ff_out"}
+    inner = {
+        "attention_norm": "attn_norm",
+        "attention.qkv_proj": "att_proj",
+        "attention.out_proj": "attn_out",
+        "mlp_norm": "ff_norm",
+        "mlp.up_proj": "ff_proj",
+        "mlp.down_proj": "ff_out",
+        "retrieval.query.proj": "query_proj",
+        "retrieval.query.norm": "query_norm",
+        "retrieval.keys.norm": "keys_norm",
+        "value_proj": "values_proj",
+    }
+    for name, value in model.state_dict().items():
+        kind, _, rest = name.removesuffix(".weight").partition(".")
+        if kind in outer:
+            theirs[f"transformer.{outer[kind]}.weight"] = value
+            continue
+        number, _, rest = rest.partition(".")
+        layer = f"transformer.{'blocks' if kind == 'blocks' else 'mem_blocks'}.{number}."
+        if rest == "retrieval.keys":
+            theirs[f"{layer}keys"] = value.permute(1, 0, 2, 4, 3).contiguous()
+        elif rest == "retrieval.form.core":
+            theirs |= {f"{layer}tucker_core.{i}": core for i, core in enumerate(value)}
+        elif rest == "retrieval.form.directions":
+            for letter, vectors in zip("uv", value):
+                theirs[f"{layer}tucker_core_{letter}"] = vectors[None, :, None]
+        elif rest == "shuffle.index":
+            theirs[f"{layer}shuffle_index"] = value
+        elif rest == "values":
+            theirs[f"{layer}values_for_look_up"] = value
+        else:
+            theirs[f"{layer}{inner[rest]}.weight"] = value
+    if tied:
+        del theirs["transformer.ff_out.weight"]
+    return theirs
+
+
+RELEASED = """
+model: {d_model: 32, n_heads: 2, n_layers: 4, mlp_hidden_size: 64, activation_type: gelu,
+  rope: true, layer_norm_type: default, vocab_size: 320, max_sequence_length: 64,
+  weight_tying: false, mem_type: ultramem_v1, mem_insert_way: "0:1/2:3", mem_knum: 12,
+  mem_kdim: 8, mem_vdim: 16, mem_knn: 4, mem_head: 2}
+"""
+
+
+def write_released(directory: Path, state: dict[str, Tensor], config: str = RELEASED) -> Path:
+    directory.mkdir()
+    (directory / "config.yaml").write_text(config)
+    torch.save(state, directory / "model.pt")
+    return directory
+
+
+def test_released_layout_is_read_as_a_whole_model(tmp_path):
+    """Names and layouts as the release has them; of a model made here, for none can be had."""
+    model = random_model("ultramem", ("memory.shuffle=stored", "memory.query_conv=0"))
+    state = released(model)
+    import_model(write_released(tmp_path / "x", state), tmp_path / "run", 2)
+    assert_same(model, load_model(tmp_path / "run"))
+    tied = write_released(tmp_path / "tied", released(model, tied=True))
+    import_model(tied, tmp_path / "tied-run", 1)
+    back = load_model(tmp_path / "tied-run").state_dict()
+    assert torch.equal(back["head.weight"], back["embedding.weight"])
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "said"),
+    [
+        ("gelu", "swiglu", "activation_type='swiglu', not gelu"),
+        ("rope: true", "rope: false", "rope is off"),
+        ("ultramem_v1", "memory_plus", "mem_type='memory_plus'"),
+        ("mem_knum: 12", "mem_knum: 13", "mem_blocks.0.keys is"),
+        ("rope: true", "rope: true, clip_qkv: 8.0", "clip_qkv=8.0"),
+        ("d_model: 32, ", "", "lacks 'd_model'"),
+    ],
+)
+def test_what_our_models_have_not_is_refused_by_name(tmp_path, old, new, said):
+    model = random_model("ultramem", ("memory.shuffle=stored", "memory.query_conv=0"))
+    source = write_released(tmp_path / "x", released(model), RELEASED.replace(old, new))
+    with pytest.raises(ValueError, match=re.escape(said)):
+        import_model(source, tmp_path / "run", 1)
+    assert [path.name for path in tmp_path.iterdir()] == ["x"]
+
+
 def test_sizes():
     assert [parse_size(text) for text in ("5GB", "1.5 mb", "100KB")] == [5 * 10**9, 1500000, 10**5]
     for text in ("5", "0GB", "-1GB", "many", "5 GiB"):

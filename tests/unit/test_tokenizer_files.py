@@ -1,4 +1,4 @@
-"""Which file a tokenizer is, what ends its texts, what it loses, and text that streams out of it."""
+"""Which file a tokenizer is, what ends its texts, what it loses, and text that streams from it."""
 
 import base64
 import gzip
@@ -15,6 +15,7 @@ from tests.unit.data_corpus import lines_of, make_texts, small_tokenizer
 from ultramem_ds.data.manifest import load_manifest
 from ultramem_ds.data.prepare import PrepareConfig, prepare
 from ultramem_ds.data.same_tokenizer import data_tokenizer, require_same_tokenizer
+from ultramem_ds.data.tokenizer_files import EndOfText
 from ultramem_ds.data.tokenizer_losses import LossCounter
 from ultramem_ds.data.tokenizer_training import train_tokenizer
 from ultramem_ds.data.tokenizers import END_OF_TEXT, load_tokenizer
@@ -61,12 +62,16 @@ def test_end_of_text_by_the_files_beside_the_tokenizer(tmp_path):
         directory = write_all(tmp_path / "t", **files)
         for path in (directory, directory / "tokenizer.json"):
             tokenizer = load_tokenizer(path)
-            assert (tokenizer.eos_token, tokenizer.eos_from) == (token, source)
+            assert (tokenizer.end_of_text.token, tokenizer.end_of_text.source) == (token, source)
             assert tokenizer.encode_documents(["a"], np.int64)[0][-1] == tokenizer.eos_id
     chosen = load_tokenizer(directory, "<eos>")
-    assert (chosen.eos_token, chosen.eos_from) == ("<eos>", "--eod-token")
+    assert (chosen.end_of_text.token, chosen.end_of_text.source) == ("<eos>", "--eod-token")
+    assert not chosen.end_of_text.rivals
+    assert load_tokenizer(write_all(tmp_path / "u", tokenizer=files["tokenizer"])).end_of_text == (
+        EndOfText(END_OF_TEXT, rivals=("</s>", "<eos>"))
+    )
     write_all(directory, tokenizer_config={"eos_token": None})
-    assert load_tokenizer(directory).eos_token == "<end>"
+    assert load_tokenizer(directory).end_of_text.token == "<end>"
 
 
 @pytest.mark.parametrize(
@@ -97,7 +102,7 @@ def test_a_token_of_the_users_own(tmp_path):
 @pytest.mark.parametrize("name", ["<\uff5cend\u2581of\u2581sentence\uff5c>", "<|eod|>"])
 def test_names_of_published_tokenizers(tmp_path, name):
     write_all(tmp_path, tokenizer=with_tokens(name, known=False))
-    assert load_tokenizer(tmp_path).eos_token == name
+    assert load_tokenizer(tmp_path).end_of_text.token == name
 
 
 def test_prepared_data_keeps_the_choice(tmp_path):
@@ -115,12 +120,22 @@ def test_prepared_data_keeps_the_choice(tmp_path):
     assert changed == {"eos_token": "<eos>", "chat_template": "kept"}
     for name, token in (("named", "</s>"), ("chosen", "<eos>")):
         tokenizer = data_tokenizer(tmp_path / name)
-        assert tokenizer.eos_token == token
+        assert tokenizer.end_of_text.token == token
         assert load_manifest(tmp_path / name).tokenizer.eos_id == tokenizer.eos_id
     with pytest.raises(ValueError, match="other inputs, options or another tokenizer"):
         prepare(
             [tmp_path / "a.jsonl"], tmp_path / "named", source, PrepareConfig(eod_token="<eos>")
         )
+
+
+def test_an_earlier_tokenizer_of_another_kind_does_not_stay(tmp_path):
+    (tmp_path / "a.jsonl").write_bytes(lines_of({"text": text} for text in make_texts(0, 9)))
+    write_all(tmp_path / "t", tokenizer=with_tokens("</s>"))
+    prepare([tmp_path / "a.jsonl"], tmp_path / "o", tmp_path / "t", PrepareConfig(eod_token="</s>"))
+    assert (tmp_path / "o/tokenizer_config.json").is_file()
+    again = PrepareConfig(overwrite=True)
+    prepare([tmp_path / "a.jsonl"], tmp_path / "o", LLAMA_LIKE, again)
+    assert data_tokenizer(tmp_path / "o").hash == load_tokenizer(LLAMA_LIKE).hash
 
 
 TIKTOKEN = b"".join(base64.b64encode(bytes([b])) + b" %d\n" % b for b in range(256))
@@ -239,8 +254,9 @@ def test_streamed_text_is_the_decoded_whole_sequence(tmp_path):
 
 def test_no_space_is_lost_between_prompt_and_text(tmp_path):
     tokenizer = load_tokenizer(LLAMA_LIKE)
-    twice = {tokenizer.decode([i, i]): i for i in range(tokenizer.vocab_size)}
-    instance = twice["instance instance"]
+    (instance,) = [
+        i for i in range(tokenizer.vocab_size) if tokenizer.decode([i, i]) == "instance instance"
+    ]
     assert Detokenizer(tokenizer, tokenizer.encode("The")).all([instance]) == " instance"
     assert Detokenizer(tokenizer, []).all([instance]) == "instance", "at the start there is none"
     special = [tokenizer.eos_id] * 300

@@ -12,7 +12,8 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
         "import",
         help="make a run directory of an exported model",
         description="Read a directory of `export --format hf` (also one that transformers has "
-        "saved since) into a new run directory at step 0: same weights, moments zero.",
+        "saved since), or a checkpoint of the authors' release (config.yaml and model.pt), into a "
+        "new run directory at step 0: same weights, moments zero.",
         epilog="Example: ultramem-ds import --input mine-hf --output runs/back --world-size 2",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )

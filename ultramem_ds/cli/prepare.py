@@ -168,7 +168,7 @@ def _prepare(args: argparse.Namespace) -> bool:
 
 def _config(args: argparse.Namespace) -> PrepareConfig:
     from ultramem_ds.data.prepare import PrepareConfig
-    from ultramem_ds.data.sources import HELD_OUT
+    from ultramem_ds.data.subsets import HELD_OUT
 
     return PrepareConfig(
         workers=args.workers,

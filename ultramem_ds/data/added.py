@@ -25,7 +25,8 @@ from ultramem_ds.data.manifest import Manifest, SubsetInfo, load_manifest, prefi
 from ultramem_ds.data.merge import FinishedUnit, Part, merge_group, merge_lock
 from ultramem_ds.data.prepare import STAGING_DIRECTORY, PrepareConfig, hash_of, say_skipped
 from ultramem_ds.data.same_tokenizer import data_tokenizer, require_same
-from ultramem_ds.data.sources import Survey, safe_name, survey
+from ultramem_ds.data.sources import Survey, survey
+from ultramem_ds.data.subsets import safe_name
 from ultramem_ds.data.tokenizers import load_tokenizer
 from ultramem_ds.data.units import Group, UnitOptions, read_summary
 from ultramem_ds.data.workers import run_units

@@ -124,8 +124,8 @@ def _unended(prefix: Path, tokenizer: Tokenizer, missing_eod: MissingEod) -> int
         documents = len(dataset.document_index) - 1
         raise ValueError(
             f"{count:,} of the {documents:,} documents of {prefix} do not end in the end-of-text "
-            f"id {tokenizer.eos_id} ({tokenizer.eos_token}): another --eod-token, --add-eod to "
-            "rewrite the pair with it, or --accept-no-eod to take them as they are"
+            f"id {tokenizer.eos_id} ({tokenizer.end_of_text.token}): give another --eod-token, "
+            "--add-eod to rewrite the pair with it, or --accept-no-eod to take them as they are"
         )
     return count
 

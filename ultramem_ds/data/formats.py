@@ -31,15 +31,22 @@ READ_SUFFIXES = ".jsonl, .json, .ndjson, .txt or .parquet, plain or as .gz, .zst
 
 # Files that lie beside data and hold none.
 _BESIDE_DATA = {
+    "checksums.txt",
     "config.json",
+    "copying.txt",
     "dataset_dict.json",
     "dataset_info.json",
     "dataset_infos.json",
     "generation_config.json",
+    "license.txt",
     "manifest.json",
+    "notice.txt",
+    "readme.txt",
+    "requirements.txt",
     "special_tokens_map.json",
     "tokenizer.json",
     "tokenizer_config.json",
+    "urls.txt",
     "vocab.json",
 }
 _BOMS = (  # the longer ones first: UTF-32's begins with UTF-16's
@@ -88,10 +95,10 @@ class Format:
     encoding: str = "utf-8"
     note: str = ""
 
-    @property
-    def has_ranges(self) -> bool:
+    def has_ranges(self, options: ReadOptions) -> bool:
         """Whether any byte range of the file can be read by itself."""
-        return self.layout == "lines" and self.compression is None and self.encoding == "utf-8"
+        by_line = self.layout == "lines" or (self.layout == "text" and options.text_files == "line")
+        return by_line and self.compression is None and self.encoding == "utf-8"
 
 
 class NotData(Exception):
@@ -200,7 +207,7 @@ def _layout_of(start: str, family: _Family | None) -> Layout:
     first, _, rest = begin.partition("\n")
     if begin[:1] not in ("{", "["):
         if family is None and begin:
-            raise NotData(f"neither JSON by its content nor by its name ({READ_SUFFIXES})")
+            raise NotData("neither JSON by its content nor text by its suffix")
         return "text" if family == "text" else "lines"
     if family == "text" and not _is_json(first):
         return "text"

@@ -42,9 +42,12 @@ def describe(data_dir: str | Path) -> list[str]:
     """
     manifest = load_manifest(data_dir)
     tokenizer = manifest.tokenizer
+    end = data_tokenizer(data_dir).end_of_text
     lines = [
-        f"tokenizer   {tokenizer.file}, {tokenizer.vocab_size:,} entries, end of text "
-        f"{tokenizer.eos_id}, sha256 {tokenizer.hash[:16]}",
+        f"tokenizer   {tokenizer.file}, {tokenizer.vocab_size:,} entries, sha256 "
+        f"{tokenizer.hash[:16]}",
+        f"end of text {end.token!r}, id {tokenizer.eos_id}"
+        + (f", as {end.source} says" if end.source else ""),
         f"{'split':11} {'subset':16} {'documents':>13} {'tokens':>17} {'bytes/token':>11} "
         f"{'of tokens':>9} {'weight':>7}",
     ]
@@ -62,6 +65,11 @@ def describe(data_dir: str | Path) -> list[str]:
             )
     bad = ", ".join(f"{count:,} x {reason}" for reason, count in manifest.bad_records.items())
     lines.append(f"{manifest.records:,} records read; unusable: {bad or 'none'}")
+    lines += [
+        f"{info.split}/{info.subset}: {info.answer_tokens:,} of its tokens are answers"
+        for info in manifest.subsets
+        if info.masked
+    ]
     if manifest.account:
         lines += Account(**manifest.account).describe()
     unended = sum(info.unended for info in manifest.subsets)

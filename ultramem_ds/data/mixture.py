@@ -32,7 +32,7 @@ from ultramem_ds.data.indexed import IndexedDataset, open_mask
 from ultramem_ds.data.manifest import Manifest, SubsetInfo, load_manifest, prefix_of
 from ultramem_ds.data.micro_batch import document_starts
 from ultramem_ds.data.permutation import Permutation, stable_hash
-from ultramem_ds.data.sources import REDPAJAMA_WEIGHTS
+from ultramem_ds.data.subsets import REDPAJAMA_WEIGHTS
 from ultramem_ds.data.units import Split
 
 logger = logging.getLogger(__name__)

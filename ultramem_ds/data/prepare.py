@@ -44,9 +44,10 @@ from ultramem_ds.data.merge import (
 )
 from ultramem_ds.data.options import ReadOptions
 from ultramem_ds.data.readers import Document, read_unit
-from ultramem_ds.data.sources import HELD_OUT, Survey, survey
+from ultramem_ds.data.sources import Survey, survey
+from ultramem_ds.data.subsets import HELD_OUT
 from ultramem_ds.data.tokenizer_losses import LossCounter, changed_by_decoding
-from ultramem_ds.data.tokenizers import Tokenizer, load_tokenizer
+from ultramem_ds.data.tokenizers import Tokenizer, load_tokenizer, replace_tokenizer
 from ultramem_ds.data.unit import Unit
 from ultramem_ds.data.units import Group, UnitOptions, UnitSummary, part_path, read_summary
 from ultramem_ds.data.workers import run_units
@@ -110,7 +111,7 @@ class PrepareConfig:
             "text_key": self.reading.text_key,
             "max_line_bytes": self.reading.max_line_bytes,
         }
-        eos = [tokenizer.eos_id] if tokenizer.eos_from else []
+        eos = [tokenizer.eos_id] if tokenizer.end_of_text.source else []
         return [FORMAT_VERSION, tokenizer.hash, reading | known, *eos]
 
 
@@ -125,6 +126,14 @@ class _Preparation:
         self.config = config
         self.load_tokenizer = partial(load_tokenizer, tokenizer_path, config.eod_token)
         self.tokenizer: Tokenizer = self.load_tokenizer()
+        end = self.tokenizer.end_of_text
+        if end.rivals:
+            logger.warning(
+                "several tokens of the tokenizer could end a document: %r is taken, not %s; "
+                "--eod-token chooses",
+                end.token,
+                " or ".join(map(repr, end.rivals)),
+            )
         own = {output.resolve(): "the output directory"}
         if Path(tokenizer_path).is_file():
             own[Path(tokenizer_path).resolve()] = "the tokenizer"
@@ -317,7 +326,7 @@ def _merge(plan: _Preparation, units: Sequence[FinishedUnit]) -> Manifest:
         raise ValueError(
             f"{' '.join(plan.inputs)}: no document with text in {num_records} records"
             + "".join(f", {count} x {reason}" for reason, count in bad.most_common(3))
-            + "; records need a text column (--text-key, --format)"
+            + "; see --text-key and --format"
         )
     _remove_stale_temporaries(plan.output)
     duplicates, parts = mark_duplicates(
@@ -332,7 +341,7 @@ def _merge(plan: _Preparation, units: Sequence[FinishedUnit]) -> Manifest:
         for group in sorted(by_group)
     ]
     write_bad_records(plan.output / BAD_RECORDS_NAME, units)
-    plan.tokenizer.save(plan.output)
+    replace_tokenizer(plan.tokenizer, plan.output)
     manifest = Manifest(
         version=FORMAT_VERSION,
         fingerprint=plan.fingerprint,

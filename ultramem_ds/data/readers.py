@@ -8,8 +8,8 @@ from typing import Any, TypeAlias
 
 from ultramem_ds.data.answers import Segment, segments_of
 from ultramem_ds.data.options import ReadOptions
-from ultramem_ds.data.sources import canonical_subset
 from ultramem_ds.data.streams import json_values, lines_between, open_unit, values_of
+from ultramem_ds.data.subsets import canonical_subset
 from ultramem_ds.data.unit import Unit
 
 # Columns that hold a document's text, in order of preference; RedPajama-V2 has raw_content.

@@ -28,8 +28,9 @@ def data_tokenizer(data_dir: str | Path) -> Tokenizer:
             f"{manifest.tokenizer.hash[:12]}); put that one back, or repeat `prepare`"
         )
     if tokenizer.eos_id != manifest.tokenizer.eos_id:
+        source = tokenizer.end_of_text.source or file
         raise ValueError(
-            f"{tokenizer.eos_from or file} says that id {tokenizer.eos_id} ends a text, but the "
+            f"{source} says that id {tokenizer.eos_id} ends a text, but the "
             f"data was made with id {manifest.tokenizer.eos_id}; put the old "
             f"{Path(data_dir) / 'tokenizer_config.json'} back, or repeat `prepare`"
         )
@@ -53,23 +54,24 @@ def require_same_tokenizer(trained: str | Path, data_dir: str | Path) -> Tokeniz
 
 
 def require_same(trained: str | Path, other: Tokenizer, place: str | Path) -> Tokenizer:
-    """Check a tokenizer that is in use at ``place`` against a model's.
+    """Check a tokenizer that is in use at ``place``, its file or directory, against a model's.
 
     Raises:
         ValueError: as :func:`require_same_tokenizer`.
     """
     own = load_tokenizer(Path(trained))
+    file = Path(place) / other.file_name if Path(place).is_dir() else Path(place)
     if _entries(own) != _entries(other):
         raise ValueError(
-            f"{Path(place) / other.file_name} is another tokenizer (sha256 {other.hash[:12]}) than "
+            f"{file} is another tokenizer (sha256 {other.hash[:12]}) than "
             f"{Path(trained) / own.file_name} (sha256 {own.hash[:12]}), which the model was "
             "trained with: prepare the data with that one"
         )
     if own.eos_id != other.eos_id:
         raise ValueError(
-            f"{Path(place) / other.file_name} ends texts in id {other.eos_id}, "
+            f"{file} ends texts in id {other.eos_id}, "
             f"{Path(trained) / own.file_name} in {own.eos_id}: prepare the data with --eod-token "
-            f"{own.eos_token!r}"
+            f"{own.end_of_text.token!r}"
         )
     return other
 

@@ -1,83 +1,26 @@
-"""What there is to read: input files, the subset each belongs to, and how they are cut into units.
+"""What there is to read below the inputs, and how it is cut into units of work.
 
-A unit is the smallest piece of work of ``prepare``: a byte range of a plain file, a whole
-compressed file, or one shard of a dataset that Hugging Face ``datasets`` reads. Units depend on
-the inputs alone, never on workers or shards, and their order fixes the order of the output.
+Every entry is found: read, or skipped for a stated reason. Units depend on the inputs alone, never
+on workers or shards, and their order fixes the order of the output.
 """
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePath
 
 from ultramem_ds.data.formats import READ_SUFFIXES, Format, NotData, recognise, stem_of
 from ultramem_ds.data.options import ReadOptions
+from ultramem_ds.data.subsets import canonical_subset, safe_name, subset_of_file
+from ultramem_ds.data.tables import num_hub_shards, num_parquet_shards
 from ultramem_ds.data.unit import Unit
-from ultramem_ds.data.walk import Skipped, printable, walk
-
-# Share of each subset in the default mixture: RedPajama-1T by tokens, without books.
-REDPAJAMA_WEIGHTS = {
-    "common_crawl": 0.742,
-    "c4": 0.148,
-    "github": 0.050,
-    "arxiv": 0.024,
-    "wikipedia": 0.020,
-    "stackexchange": 0.017,
-}
-# Held-out corpora: every document of such a subset goes to the validation split.
-HELD_OUT = ("c4_validation",)
-
-_SUBSETS = (*REDPAJAMA_WEIGHTS, "book")
-# Other spellings: SlimPajama's record field, and names of the 1T-Sample's files.
-_ALIASES = {f"redpajama{name.replace('_', '')}": name for name in _SUBSETS} | {
-    "cc": "common_crawl",
-    "commoncrawl": "common_crawl",
-    "books": "book",
-}
-_C4_VALIDATION = re.compile(r"^c4-validation\.\d+-of-\d+\.json")
-_V2_DOCUMENTS = re.compile(r"^[a-z]{2}_(head|middle|tail)\.json")  # RedPajama-V2
-# Names whose sidecar would overwrite a file of the prepared directory.
-_RESERVED = ("manifest", "tokenizer")
+from ultramem_ds.data.walk import Skipped, prepared_kind, printable, walk
 
 # Plain files are cut into about _CUTS ranges, each of a size between these two.
 _CUTS = 64
 _MIN_UNIT_BYTES = 4 << 20
 _MAX_UNIT_BYTES = 256 << 20
-
-
-def canonical_subset(name: str) -> str | None:
-    """RedPajama's name of a subset under any of its spellings, or None."""
-    lowered = name.lower()
-    return lowered if lowered in _SUBSETS else _ALIASES.get(lowered.replace("_", ""))
-
-
-def subset_of_file(relative: PurePath, fallback: str) -> str:
-    """Subset of a file from its path.
-
-    RedPajama-1T's directories, 1T-Sample's file names (``cc_2019-30_sample.jsonl``),
-    RedPajama-V2's and C4 validation's names are recognised; any other file belongs to the first
-    directory below the input it was found in, or else to ``fallback``.
-
-    Args:
-        relative: path below the input, with the input's own name in front.
-        fallback: name for files that lie directly in the input.
-    """
-    name = relative.name
-    if _C4_VALIDATION.match(name):
-        return HELD_OUT[0]
-    for part in reversed(relative.parts[:-1]):
-        if known := canonical_subset(part):
-            return known
-    stem = stem_of(name)
-    if stem.endswith("_sample") and (known := canonical_subset(stem.split("_")[0])):
-        return known
-    if known := canonical_subset(stem):
-        return known
-    if _V2_DOCUMENTS.match(name):
-        return "common_crawl"
-    return safe_name(relative.parts[1] if len(relative.parts) > 2 else fallback)
 
 
 @dataclass(frozen=True)
@@ -142,6 +85,8 @@ class _Survey:
         if own:
             raise ValueError(f"input {root} is {own}; name something else, or a directory below it")
         if root.is_dir():
+            if what := prepared_kind(root):
+                raise ValueError(f"input {root} is {what}; `train --data` takes it, if it is done")
             tree = walk(root, self._own)
             files, skipped = tree.files, tree.skipped
         elif root.is_file():
@@ -153,9 +98,9 @@ class _Survey:
         for below in files:
             self._file(text, root, below, subset, skipped)
         if len(self.units) == before:
-            raise ValueError(
-                f"input {root} holds no file to read ({READ_SUFFIXES}): {summary(skipped)}"
-            )
+            by_name = any("suffix" in entry.reason for entry in skipped)
+            known = f"; read are {READ_SUFFIXES}" if by_name or not skipped else ""
+            raise ValueError(f"input {root} holds no file to read: {summary(skipped)}{known}")
         self.skipped += skipped
 
     def _file(
@@ -177,7 +122,8 @@ class _Survey:
         if resolved in self._seen:
             raise ValueError(f"{file} is given twice: by {self._seen[resolved]!r} and {text!r}")
         self._seen[resolved] = text
-        self.units += _file_units(file, root, name, subset, form)
+        ranges = form.has_ranges(self._options)
+        self.units += _file_units(file, root, name, subset, form, ranges=ranges)
         if form.note:
             self.notes.append((name, form.note))
 
@@ -201,13 +147,9 @@ def _split_input(text: str) -> tuple[str | None, str]:
     return None, text
 
 
-def safe_name(name: str) -> str:
-    """A subset name that is also a file name."""
-    safe = re.sub(r"[^A-Za-z0-9_.-]+", "_", name).strip(".") or "data"
-    return f"{safe}_data" if safe in _RESERVED else safe
-
-
-def _file_units(file: Path, root: Path, name: str, subset: str | None, form: Format) -> list[Unit]:
+def _file_units(
+    file: Path, root: Path, name: str, subset: str | None, form: Format, *, ranges: bool
+) -> list[Unit]:
     status = file.stat()
     absolute_root = root.absolute()
     if root.is_file():
@@ -233,11 +175,9 @@ def _file_units(file: Path, root: Path, name: str, subset: str | None, form: For
         )
 
     if form.layout == "parquet":
-        from ultramem_ds.data.tables import num_parquet_shards
-
         shards = num_parquet_shards(file)
         return [unit(shard, shards) for shard in range(shards)]
-    if not form.has_ranges:
+    if not ranges:
         return [unit(0, status.st_size)]
     step = min(max(status.st_size // _CUTS, _MIN_UNIT_BYTES), _MAX_UNIT_BYTES)
     return [
@@ -246,8 +186,6 @@ def _file_units(file: Path, root: Path, name: str, subset: str | None, form: For
 
 
 def _hub_units(name: str, subset: str | None) -> list[Unit]:
-    from ultramem_ds.data.tables import num_hub_shards
-
     shards = num_hub_shards(name)
     chosen = (
         subset

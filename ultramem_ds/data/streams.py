@@ -145,7 +145,7 @@ def json_values(stream: BinaryIO, path: str, max_bytes: int) -> Iterator[tuple[i
         ValueError: where the file is no JSON, or a value is longer than ``max_bytes``: what follows
             could not be told apart.
     """
-    reader = io.TextIOWrapper(stream, encoding="utf-8", errors="surrogateescape", newline="")
+    to_text = codecs.getincrementaldecoder("utf-8")("surrogateescape")
     decoder = json.JSONDecoder()
     text, base, at, depth, ended = "", 0, 0, 0, False
     while True:
@@ -169,8 +169,9 @@ def json_values(stream: BinaryIO, path: str, max_bytes: int) -> Iterator[tuple[i
                     f"{path}: the record that begins at character {base + at} is {problem}; what "
                     f"follows it cannot be read ({error})"
                 ) from error
-            more = reader.read(max(BLOCK_BYTES, len(text) - at))
-            base, text, at, ended = base + at, text[at:] + more, 0, not more
+            data = stream.read(max(BLOCK_BYTES, len(text) - at))
+            more = to_text.decode(data, final=not data)
+            base, text, at, ended = base + at, text[at:] + more, 0, not data
             continue
         yield base + at, value
         at = end

@@ -32,6 +32,21 @@ _UTF16 = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
 
 
 @dataclass(frozen=True)
+class EndOfText:
+    """The token that ends a text.
+
+    Attributes:
+        token: of the vocabulary.
+        source: what says so; empty for the tokenizer itself, by a name that is known.
+        rivals: other tokens that were as likely.
+    """
+
+    token: str
+    source: str = ""
+    rivals: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
 class Clues:
     """What lies beside a tokenizer's file and on the command line about its end of text.
 
@@ -52,12 +67,12 @@ class Clues:
         has: Callable[[str], bool],
         token_of: Callable[[int], str | None],
         own: str | None = None,
-    ) -> tuple[str, str]:
-        """The token that ends a text, and what says so.
+    ) -> EndOfText:
+        """The token that ends a text.
 
         In order: the user's choice, ``tokenizer_config.json``, ``special_tokens_map.json``,
         ``generation_config.json``, the tokenizer's ``own`` (SentencePiece), names that published
-        tokenizers use; the last two say so with an empty text.
+        tokenizers use.
 
         Raises:
             ValueError: if what is named is not there, or nothing is found.
@@ -65,23 +80,23 @@ class Clues:
         if self.chosen is not None:
             if not has(self.chosen):
                 raise ValueError(f"it has no token {self.chosen!r} (--eod-token)")
-            return self.chosen, "--eod-token"
+            return EndOfText(self.chosen, "--eod-token")
         for file, token in self.tokens:
             if not has(token):
                 raise ValueError(f"{file} names {token!r} as its end of text, which it has not")
-            return token, file
+            return EndOfText(token, file)
         for file, number in self.ids:
             found = token_of(number)
             if found is None:
                 raise ValueError(f"{file} names id {number} as its end of text, which it has not")
-            return found, file
+            return EndOfText(found, file)
         names = [own] if own is not None else [name for name in _KNOWN_NAMES if has(name)]
         if not names:
             raise ValueError(
                 f"it has no end-of-text token, none of {', '.join(_KNOWN_NAMES)}; name one of its "
                 "tokens with --eod-token"
             )
-        return names[0], ""
+        return EndOfText(names[0], rivals=tuple(names[1:]))
 
 
 NO_CLUES = Clues()

@@ -87,8 +87,10 @@ class LossCounter:
         self._tokenizer = tokenizer
         self._tried: set[str] = set()
         self._dropped: set[str] = set()
-        self._carrier = next((c for c in _CARRIERS if self._tokenizer.encode(c)), "")
-        self._without = self._tokenizer.encode(self._carrier * 2)
+        known = (c for c in _CARRIERS if tokenizer.unknown_id not in tokenizer.encode(c * 2))
+        # A tokenizer of whole words knows none: it drops nothing, and its unknown tokens count.
+        self._carrier = next((c for c in known if tokenizer.encode(c)), None)
+        self._without = tokenizer.encode(self._carrier * 2) if self._carrier else []
 
     def count(self, texts: Iterable[str], ids: npt.NDArray[np.integer]) -> Losses:
         """Losses of ``texts``, whose ids (and only theirs) are ``ids``."""
@@ -106,6 +108,8 @@ class LossCounter:
     def _try(self, character: str) -> None:
         """A character is dropped if the text around it is encoded as if it were not there."""
         self._tried.add(character)
+        if self._carrier is None:
+            return
         between = f"{self._carrier}{character}{self._carrier}"
         if self._tokenizer.encode(between) == self._without:
             self._dropped.add(character)

@@ -23,6 +23,7 @@ from ultramem_ds.data.tokenizer_files import (
     CONFIG_NAME,
     NO_CLUES,
     Clues,
+    EndOfText,
     clues_beside,
     config_naming,
     find_file,
@@ -43,8 +44,7 @@ class Tokenizer(ABC):
         file_name: name of the tokenizer's file inside a prepared or run directory.
         vocab_size: one more than the largest id.
         eos_id: id of the end-of-text token that ends every document.
-        eos_token: the same as text.
-        eos_from: what says so, for messages.
+        end_of_text: the same as text, and what says so.
         unknown_id: id of the token for characters that it does not know; None without one.
         content: bytes of the file.
         hash: SHA-256 of the file, hexadecimal.
@@ -54,8 +54,7 @@ class Tokenizer(ABC):
     file_name: str
     vocab_size: int
     eos_id: int
-    eos_token: str
-    eos_from: str
+    end_of_text: EndOfText
     unknown_id: int | None
 
     def __init__(self, content: bytes, config: bytes | None = None) -> None:
@@ -109,7 +108,9 @@ class Tokenizer(ABC):
         """
         path = directory / self.file_name
         save_tokenizer(self, path)
-        config = config_naming(self.config, self.eos_token, keep=not self.eos_from)
+        config = config_naming(
+            self.config, self.end_of_text.token, keep=not self.end_of_text.source
+        )
         if config is not None:
             with atomic_file(directory / CONFIG_NAME) as out:
                 out.write(config)
@@ -124,10 +125,10 @@ class HuggingFaceTokenizer(Tokenizer):
     def __init__(self, content: bytes, clues: Clues = NO_CLUES) -> None:
         super().__init__(content, clues.config)
         backend = Backend.from_str(content.decode())
-        self.eos_token, self.eos_from = clues.end_of_text(
+        self.end_of_text = clues.end_of_text(
             lambda name: backend.token_to_id(name) is not None, backend.id_to_token
         )
-        eos = self.eos_token
+        eos = self.end_of_text.token
         description = json.loads(content)
         added = [t for t in description["added_tokens"] if t["content"] == eos]
         if added and not added[0]["special"]:
@@ -183,12 +184,12 @@ class SentencePieceTokenizer(Tokenizer):
         self.vocab_size = self._backend.get_piece_size()
         self.unknown_id = self._backend.unk_id()
         own = self._backend.eos_id()
-        self.eos_token, self.eos_from = clues.end_of_text(
+        self.end_of_text = clues.end_of_text(
             lambda name: self._backend.piece_to_id(name) != self.unknown_id,
             lambda token: self._backend.id_to_piece(token) if token < self.vocab_size else None,
             own=self._backend.id_to_piece(own) if own >= 0 else None,
         )
-        self.eos_id = self._backend.piece_to_id(self.eos_token)
+        self.eos_id = self._backend.piece_to_id(self.end_of_text.token)
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """See :class:`Tokenizer`."""
@@ -233,7 +234,17 @@ def load_tokenizer(path: str | Path, eod_token: str | None = None) -> Tokenizer:
     try:
         return kind(content, clues_beside(file, eod_token))
     except Exception as error:  # both libraries raise bare Exception or RuntimeError on bad files
-        raise ValueError(f"{path} is not a usable tokenizer: {error}") from error
+        raise ValueError(f"{file} is not a usable tokenizer: {error}") from error
+
+
+def replace_tokenizer(tokenizer: Tokenizer, directory: Path) -> None:
+    """Save into a directory of ours, where files of an earlier tokenizer would come first."""
+    path = tokenizer.save(directory)
+    for kind in (HuggingFaceTokenizer, SentencePieceTokenizer):
+        if kind.file_name != path.name:
+            (directory / kind.file_name).unlink(missing_ok=True)
+    if tokenizer.config is None and not tokenizer.end_of_text.source:
+        (directory / CONFIG_NAME).unlink(missing_ok=True)
 
 
 def save_tokenizer(tokenizer: Tokenizer, path: Path) -> None:

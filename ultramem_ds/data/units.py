@@ -108,7 +108,10 @@ class UnitSummary:
             "bad": dict(self.bad),
             "reports": self.reports,
             "remarks": self.remarks,
-            "losses": asdict(self.losses),
+            "losses": {
+                "dropped": dict(self.losses.dropped),
+                "unknown_tokens": self.losses.unknown_tokens,
+            },
         }
 
     @classmethod

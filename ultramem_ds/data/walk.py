@@ -89,7 +89,7 @@ class _Walk:
         path = self._root / below
         if not self._first_time(below, directory=True):
             return
-        if below.parts and (what := _prepared(path)):
+        if below.parts and (what := prepared_kind(path)):
             self._skip(below, what, directory=True, expected=True)
             return
         with os.scandir(path) as scan:
@@ -98,7 +98,7 @@ class _Walk:
         names = {entry.name for entry in entries}
         for entry in entries:
             at = below / entry.name
-            directory = entry.is_dir()
+            directory = os.path.isdir(entry)  # which takes a link to itself for none
             if entry.name.startswith("."):
                 self._skip(at, "hidden", directory=directory)
             elif directory and {"blobs", "snapshots"} <= names and entry.name in ("blobs", "refs"):
@@ -179,8 +179,8 @@ def _snapshot(path: Path) -> str | None:
     )
 
 
-def _prepared(path: Path) -> str | None:
-    """What ``path`` is, if it is an output of ``prepare``."""
+def prepared_kind(path: Path) -> str | None:
+    """What a directory is, if it is an output of ``prepare``; else None."""
     manifest = path / "manifest.json"
     if (path / ".staging").is_dir() and not manifest.is_file():
         return "unfinished output of prepare"

@@ -10,7 +10,7 @@ from ultramem_ds.checkpoint import directory as checkpoints
 from ultramem_ds.config.deepspeed import load_deepspeed_json, zero_stage
 from ultramem_ds.config.load import load_config
 from ultramem_ds.data.manifest import Split, load_manifest
-from ultramem_ds.data.tokenizers import load_tokenizer
+from ultramem_ds.data.same_tokenizer import data_tokenizer
 from ultramem_ds.doctor.finding import Finding
 from ultramem_ds.train.dry_run import checkpoint_bytes, dry_run, problems
 from ultramem_ds.train.run import prepare_run
@@ -69,7 +69,7 @@ def _data(wanted: Wanted) -> Iterator[str]:
             sum(info.tokens for info in manifest.of_split(split).values()) for split in SPLITS
         )
         subsets = ", ".join(manifest.of_split("train"))
-        entries = load_tokenizer(wanted.data).vocab_size
+        entries = data_tokenizer(wanted.data).vocab_size
         yield (
             f"{wanted.data}: {train:,} tokens to train on ({subsets}), "
             f"{validation:,} to validate on, tokenizer of {entries:,} entries"

@@ -69,7 +69,8 @@ class _Wanted:
             assert self.taken[name] == module, f"two definitions of {name}"
             return
         source = _source(module)
-        defined, imported = {}, {}
+        defined: dict[str, ast.stmt] = {}
+        imported: dict[str, tuple[ast.Import | ast.ImportFrom, ast.alias]] = {}
         for node in ast.parse(source).body:
             defined |= dict.fromkeys(_names(node), node)
             if isinstance(node, ast.Import | ast.ImportFrom):
@@ -85,7 +86,7 @@ class _Wanted:
             return  # a builtin, or a local variable
         self.taken[name] = module
         for used in ast.walk(defined[name]):
-            if isinstance(used, ast.Name) and used.id != name and used.id in defined | imported:
+            if isinstance(used, ast.Name) and used.id != name and used.id in {*defined, *imported}:
                 self.take(module, used.id)
         self.definitions.append(_text(source, defined[name]))
 

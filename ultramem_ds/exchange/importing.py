@@ -22,9 +22,16 @@ from ultramem_ds.checkpoint.record import ParameterRecord, Store, write_layout, 
 from ultramem_ds.checkpoint.state import KINDS, MASTER
 from ultramem_ds.config.load import to_dict
 from ultramem_ds.config.schema import Config
-from ultramem_ds.data.tokenizers import Tokenizer, load_tokenizer
+from ultramem_ds.data.tokenizers import (
+    HuggingFaceTokenizer,
+    SentencePieceTokenizer,
+    Tokenizer,
+    load_tokenizer,
+)
 from ultramem_ds.exchange.architecture import training_config
 from ultramem_ds.exchange.directory import CONFIG, RUN, new_directory
+from ultramem_ds.exchange.released import CONFIG as RELEASED
+from ultramem_ds.exchange.released import open_released
 from ultramem_ds.exchange.shards import ShardReader
 from ultramem_ds.exchange.weights import ExportedWeights, Weights
 from ultramem_ds.sharding.blocks import Block, Piece
@@ -50,7 +57,7 @@ def import_model(source: Path, run_dir: Path, world_size: int) -> Path:
     the run directory while it is written.
 
     Args:
-        source: an exported directory.
+        source: an exported directory, or a released checkpoint (:mod:`exchange.released`).
         run_dir: the new run directory.
         world_size: ranks P whose files are written; training may use any number.
 
@@ -62,8 +69,23 @@ def import_model(source: Path, run_dir: Path, world_size: int) -> Path:
     """
     if world_size < 1:
         raise ValueError(f"--world-size {world_size} must be at least 1")
-    model = open_exported(source)
-    return write_run(model, run_dir, world_size)
+    return write_run(open_source(source), run_dir, world_size)
+
+
+def open_source(source: Path) -> Source:
+    """Open an exported directory, or one of the authors' released layout.
+
+    Raises:
+        ValueError: it is neither, or damaged.
+    """
+    if not source.is_dir():
+        raise ValueError(f"--input {source}: no such directory")
+    if not (source / RELEASED).is_file():
+        return open_exported(source)
+    config, weights = open_released(source)
+    files = (HuggingFaceTokenizer.file_name, SentencePieceTokenizer.file_name)
+    present = any((source / file).is_file() for file in files)
+    return Source(config, weights, load_tokenizer(source) if present else None)
 
 
 def open_exported(source: Path) -> Source:
@@ -72,8 +94,6 @@ def open_exported(source: Path) -> Source:
     Raises:
         ValueError: for the first thing that does not fit.
     """
-    if not source.is_dir():
-        raise ValueError(f"--input {source}: no such directory")
     if not (source / CONFIG).is_file():
         raise ValueError(f"{source} has no {CONFIG}: it is no exported model")
     values = read_json(source / CONFIG)
@@ -183,6 +203,10 @@ def _model_states(weights: Weights) -> dict[str, Any]:
 
 
 def describe(run_dir: Path) -> str:
-    """One line on a run directory that has been written."""
+    """What there is to say of a run directory that has been written."""
     config = json.loads((run_dir / "config.json").read_text())
-    return f"{run_dir}: {config['model']['kind']}, step 0, Adam's moments zero"
+    said = f"{run_dir}: {config['model']['kind']}, step 0, Adam's moments zero"
+    files = (HuggingFaceTokenizer.file_name, SentencePieceTokenizer.file_name)
+    if any((run_dir / file).is_file() for file in files):
+        return said
+    return f"{said}; there was no tokenizer: copy tokenizer.json there before generating"

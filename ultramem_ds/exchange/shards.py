@@ -50,7 +50,7 @@ def write_shards(directory: Path, tensors: Sequence[StreamedTensor], max_bytes: 
         write_safetensors(directory / WEIGHTS, tensors, {"format": "pt"})
         return [WEIGHTS]
     names = [f"model-{i:05d}-of-{len(shards):05d}.safetensors" for i in range(1, len(shards) + 1)]
-    weight_map = {}
+    weight_map: dict[str, str] = {}
     for name, shard in zip(names, shards):
         write_safetensors(directory / name, shard, {"format": "pt"})
         weight_map |= {tensor.name: name for tensor in shard}

@@ -53,8 +53,10 @@ class ExportedWeights:
             name: self._stored_names(name, parts if record.is_table else 1)
             for name, record in self._records.items()
         }
+        self._check_parameters()
+        self._rounds: set[str] = set()
         self._buffers = self._read_buffers()
-        self._check()
+        self._refuse_unknown()
 
     @staticmethod
     def _stored_names(name: str, parts: int) -> list[str]:
@@ -64,7 +66,7 @@ class ExportedWeights:
         stem = exported.removesuffix(".weight")
         return [f"{stem}.part_{part}.weight" for part in range(parts)]
 
-    def _check(self) -> None:
+    def _check_parameters(self) -> None:
         where = self._shards.directory
         present = self._shards.names()
         for name, stored in self._parts.items():
@@ -76,6 +78,9 @@ class ExportedWeights:
                 raise ValueError(
                     f"{where} holds {stored[0]} of shape {shape}, config.json says {expected}"
                 )
+
+    def _refuse_unknown(self) -> None:
+        where, present = self._shards.directory, self._shards.names()
         known = {each for stored in self._parts.values() for each in stored}
         unknown = sorted(present - known - {PREFIX + name for name in self._buffers} - self._rounds)
         if unknown:
@@ -89,7 +94,6 @@ class ExportedWeights:
 
     def _read_buffers(self) -> dict[str, Tensor]:
         """Directions and stored permutations; the bijection's rounds must be the ones we make."""
-        self._rounds: set[str] = set()
         buffers: dict[str, Tensor] = {}
         if not self._config.has_memory:
             return buffers

@@ -53,7 +53,7 @@ class UltraMemAttention(nn.Module):
         width = config.hidden_size
         self.qkv_proj = nn.Linear(width, 3 * width, bias=False)
         self.out_proj = nn.Linear(width, width, bias=False)
-        self.out_proj.init_std = residual_std(config)
+        self.out_proj.init_std = residual_std(config)  # type: ignore[assignment]
 
     def forward(
         self,
@@ -93,7 +93,7 @@ class UltraMemMLP(nn.Module):
         super().__init__()
         self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
         self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
-        self.down_proj.init_std = residual_std(config)
+        self.down_proj.init_std = residual_std(config)  # type: ignore[assignment]
 
     def forward(self, x_BSD: Tensor) -> tuple[Tensor, None]:
         """The MLP, and no balance loss."""

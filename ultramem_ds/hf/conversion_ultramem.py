@@ -4,9 +4,14 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import Tensor
 from transformers.conversion_mapping import register_checkpoint_conversion_mapping
-from transformers.core_model_loading import Concatenate, MergeModulelist, WeightConverter
+from transformers.core_model_loading import (
+    Concatenate,
+    ConversionOps,
+    MergeModulelist,
+    WeightConverter,
+    WeightRenaming,
+)
 
 from ultramem_ds.hf.configuration_ultramem import UltraMemConfig
 
@@ -23,7 +28,7 @@ class TableParts(Concatenate):
         return CutTable()
 
 
-class CutTable(TableParts):
+class CutTable(ConversionOps):
     """Cuts a table into ``config.memory_table_parts`` runs of rows in saving."""
 
     def convert(
@@ -32,7 +37,7 @@ class CutTable(TableParts):
         source_patterns: list[str],
         target_patterns: list[str],
         **kwargs: Any,
-    ) -> dict[str, Tensor]:
+    ) -> dict[str, Any]:
         """Parts by name; the whole table under its own name if that is one."""
         (found,) = input_dict.values()
         table_NV = found[0] if isinstance(found, list) else found
@@ -52,7 +57,7 @@ class CutTable(TableParts):
 
 def register_conversion() -> None:
     """Tell transformers how stored tensors and parameters correspond."""
-    conversions = [
+    conversions: list[WeightConverter | WeightRenaming] = [
         WeightConverter("values.part_*.weight", "values.weight", [TableParts()]),
         WeightConverter(
             "mlp.experts.*.up_proj.weight", "mlp.experts.up_proj", [MergeModulelist(dim=0)]

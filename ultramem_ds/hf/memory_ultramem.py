@@ -219,7 +219,7 @@ class UltraMemRetrieval(nn.Module):
         self.num_keys = config.memory_num_keys
         self.num_heads = config.memory_num_heads
         self.top_m = config.memory_top_m
-        self.candidates = config.memory_candidates
+        self.candidates: Any = config.memory_candidates
         self.softmax = config.memory_softmax
 
     def forward(
@@ -367,7 +367,7 @@ class UltraMemMemory(nn.Module):
         if self.value_proj is not None:
             inputs = self.value_proj.in_features
             paper = config.memory_retrieval == "tdqkr"
-            self.value_proj.init_std = inputs**-0.5 if paper else residual_std(config)
+            self.value_proj.init_std = inputs**-0.5 if paper else residual_std(config)  # type: ignore[assignment]
         self.dropout = nn.Dropout(config.dropout)
 
     def forward(

@@ -205,9 +205,9 @@ class UltraMemModel(UltraMemPreTrainedModel):
         """The embedding."""
         return self.embedding
 
-    def set_input_embeddings(self, value: nn.Embedding) -> None:
+    def set_input_embeddings(self, value: nn.Module) -> None:
         """Replace the embedding."""
-        self.embedding = value
+        self.embedding = value  # type: ignore[assignment]
 
     @can_return_tuple
     def forward(
@@ -321,7 +321,7 @@ class UltraMemForCausalLM(UltraMemPreTrainedModel, GenerationMixin):
         """The embedding."""
         return self.model.embedding
 
-    def set_input_embeddings(self, value: nn.Embedding) -> None:
+    def set_input_embeddings(self, value: nn.Module) -> None:
         """Replace the embedding."""
         self.model.embedding = value
 
@@ -360,6 +360,7 @@ class UltraMemForCausalLM(UltraMemPreTrainedModel, GenerationMixin):
             output_attentions=output_attentions,
             **kwargs,
         )
+        assert out.last_hidden_state is not None
         logits = self.lm_head(slice_logits_to_keep(out.last_hidden_state, logits_to_keep))
         loss = None
         if labels is not None:

@@ -28,7 +28,7 @@ import torch
 import torch.distributed as dist
 
 # Slow imports that every engine makes, done once for all ranks of all calls.
-PRELOADED = ("torch.distributed", "torch._dynamo", "deepspeed.runtime.zero.muon.muon_optimizer")
+PRELOADED = ("torch.distributed", "ultramem_ds.zero.deepspeed_import")
 
 GRACE_S = 2.0  # how long other ranks may take to report after the first failure
 

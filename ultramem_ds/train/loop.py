@@ -15,7 +15,7 @@ from ultramem_ds.data.loader import BatchLoader
 from ultramem_ds.data.micro_batch import Boundaries
 from ultramem_ds.data.mixture import Mixture
 from ultramem_ds.data.skips import Range, SkipRanges, format_ranges
-from ultramem_ds.data.tokenizers import load_tokenizer
+from ultramem_ds.data.tokenizers import load_tokenizer, replace_tokenizer
 from ultramem_ds.planning.batches import agree_on_batches
 from ultramem_ds.sharding.comm import Comm
 from ultramem_ds.telemetry.board import hyper_parameters
@@ -112,7 +112,7 @@ def _prepare_run_dir(run: Run) -> str:
     checkpoints.checkpoints_dir(run.run_dir).mkdir(parents=True, exist_ok=True)
     write_json(run.run_dir / "config.json", to_dict(run.config))
     write_json(run.run_dir / "deepspeed.json", run.deepspeed_json)
-    load_tokenizer(run.data_dir).save(run.run_dir)
+    replace_tokenizer(load_tokenizer(run.data_dir), run.run_dir)
     return Roster.reset(run.run_dir)
 
 

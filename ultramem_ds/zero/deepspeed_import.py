@@ -6,6 +6,8 @@
   and leave 66 MB in ``/dev/shm`` per rank.
 - Its Triton kernels, imported by every engine and run on GPUs alone, find no Triton elsewhere:
   that is 66 MB less in every process.
+- What it marks as never to be compiled stays unmarked (:func:`without_compiler`): nothing here
+  compiles it, and a mark loads torch's compiler, 100 MB and seconds in every process.
 - Its Muon optimizer, which nothing here offers, stays uncompiled: every engine imports it, which
   would load torch's compiler at every start (1.6 s).
 """
@@ -15,12 +17,28 @@ from __future__ import annotations
 import contextlib
 import sys
 import warnings
+from collections.abc import Iterator
 from typing import Any
 from unittest import mock
 
 import torch
 
-with contextlib.redirect_stdout(sys.stderr):
+
+def _unmarked(function: Any = None, *_: Any, **__: Any) -> Any:
+    return _unmarked if function is None else function
+
+
+@contextlib.contextmanager
+def without_compiler() -> Iterator[None]:
+    """Inside, marking a function as never to be compiled returns it as it is."""
+    with (
+        mock.patch.object(torch.compiler, "disable", _unmarked),
+        mock.patch.object(torch, "_disable_dynamo", _unmarked),
+    ):
+        yield
+
+
+with contextlib.redirect_stdout(sys.stderr), without_compiler():
     import deepspeed
     import deepspeed.comm
     import deepspeed.ops
@@ -42,7 +60,7 @@ warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distribu
 
 deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 
-__all__ = ["check_engine_config", "deepspeed", "fragment_address"]
+__all__ = ["check_engine_config", "deepspeed", "fragment_address", "without_compiler"]
 
 
 def check_engine_config(engine_config: dict[str, Any]) -> None:

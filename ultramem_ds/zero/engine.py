@@ -12,7 +12,7 @@ from ultramem_ds.config.schema import Config
 from ultramem_ds.model.lm import LanguageModel
 from ultramem_ds.optim.adamw import AdamW
 from ultramem_ds.optim.param_groups import build_param_groups
-from ultramem_ds.zero.deepspeed_import import deepspeed
+from ultramem_ds.zero.deepspeed_import import deepspeed, without_compiler
 from ultramem_ds.zero.tables import Zero3Tables
 
 # It is torch's own, which DeepSpeed knows.
@@ -40,7 +40,7 @@ def start_engine(
     if config.model.kind == "moe":
         groups = deepspeed.moe.utils.split_params_into_different_moe_groups_for_optimizer(groups)
         groups = [group for group in groups if group["params"]]
-    with contextlib.redirect_stdout(sys.stderr):
+    with contextlib.redirect_stdout(sys.stderr), without_compiler():
         engine, _, _, _ = deepspeed.initialize(
             model=model,
             optimizer=make_optimizer(groups, config, engine_config),
