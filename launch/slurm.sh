@@ -18,7 +18,7 @@ if [ ! -f "$launch/multi_node.sh" ]; then
   exit 2
 fi
 export MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
-export MASTER_PORT=${MASTER_PORT:-29500} NNODES=$SLURM_NNODES NPROC=${NPROC:-${SLURM_GPUS_ON_NODE:-8}}
+export MASTER_PORT=${MASTER_PORT:-$((10000 + SLURM_JOB_ID % 19000))} NNODES=$SLURM_NNODES NPROC=${NPROC:-${SLURM_GPUS_ON_NODE:-8}}
 stopped=
 srun --kill-on-bad-exit=1 bash -c 'NODE_RANK=$SLURM_NODEID exec "$0" "$@"' \
   "$launch/multi_node.sh" "$@" &

@@ -31,7 +31,7 @@ LAYERS = (
     ("train",),
     ("infer",),
     ("harness",),
-    ("hf",),
+    ("hf", "vllm"),
     ("testing",),
     ("bench",),
     ("doctor", "launcher", "study"),

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from ultramem_ds.config.schema import MemoryConfig, ModelConfig
 from ultramem_ds.model.memory.layer import MemoryLayer
 from ultramem_ds.model.memory.lookup import ValueTable
-from ultramem_ds.model.memory.tucker import TuckerCore
+from ultramem_ds.model.memory.scores import TuckerCore
 
 # B sequences, S sequence length, D hidden, H heads, r Tucker rank, h cores, n keys per side,
 # d kdim, E expansion, N physical rows, V value width.

@@ -1,12 +1,16 @@
 """Run DeepSpeed's launcher, hand signals on to the ranks, and end as they did.
 
-Usage: ``python -m ultramem_ds.launcher ARGUMENTS`` of ``deepspeed``; the scripts in ``launch/`` do.
+Usage: ``python -m ultramem_ds.launcher ARGUMENTS`` (``utils/launch.py``), as the scripts in
+``launch/`` do.
 
 DeepSpeed's launcher dies of SIGTERM and SIGUSR1 and tells its ranks nothing, or kills them. Here it
 runs in a session of its own, out of reach of signals to this process's group, and ignores SIGUSR1.
 SIGTERM and SIGUSR1 to this process go to the ranks, SIGINT (Ctrl-C) as SIGTERM. Ranks that train
 end after the step in progress, saved, with exit code 0, and so does this process; other verbs end
 at once. A second Ctrl-C kills everything.
+
+What DeepSpeed's launcher logs goes to ``RUN/logs/launcher.log`` and not to the console, unless the
+command has ``--verbose``.
 
 If a process of DeepSpeed's launcher is killed, the ranks below it are told to stop, given a grace
 period, and killed.
@@ -27,6 +31,9 @@ from types import FrameType
 
 import psutil
 
+from ultramem_ds.utils.console import LOGS, Sorter
+from ultramem_ds.utils.launch import Launch, parse_launch
+
 POLL_S = 0.5
 REPEAT_S = 5.0  # SIGUSR1 is repeated: a rank that is still importing ignores it
 GRACE_S = 60.0  # for ranks without a launcher to save and end
@@ -37,27 +44,32 @@ class Launcher:
     """One launch.
 
     Args:
-        arguments: of DeepSpeed's runner; ``--make_hostfile NODES:RANKS`` stands for a hostfile of
-            as many nodes with as many ranks each, which it wants even where it uses no ssh.
+        launch: checked.
     """
 
-    def __init__(self, arguments: Sequence[str]) -> None:
-        self._arguments = list(arguments)
+    def __init__(self, launch: Launch) -> None:
+        self._launch = launch
         self._hostfile: Path | None = None
-        if "--make_hostfile" in self._arguments:
-            at = self._arguments.index("--make_hostfile")
-            self._hostfile = _write_hostfile(self._arguments[at + 1])
-            self._arguments[at : at + 2] = ["--hostfile", str(self._hostfile)]
+        if launch.made_hosts:
+            self._hostfile = _write_hostfile(launch.made_hosts)
         self._received: list[int] = []
         for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
             signal.signal(number, self._receive)
         environment = {key: value for key, value in os.environ.items() if key != "RANK"}
         self._runner = subprocess.Popen(
-            [sys.executable, "-m", "deepspeed.launcher.runner", *self._arguments],
+            [sys.executable, "-m", "deepspeed.launcher.runner", *launch.arguments(self._hostfile)],
             env=environment,
             start_new_session=True,
             preexec_fn=_ignore_usr1,
+            stdout=None if launch.verbose else subprocess.PIPE,
+            stderr=None if launch.verbose else subprocess.PIPE,
         )
+        self._library_lines: list[bytes] = []
+        self._sorters = [
+            Sorter(source, console, self._library_lines)
+            for source, console in ((self._runner.stdout, 1), (self._runner.stderr, 2))
+            if source is not None
+        ]
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
         self._received.append(number)
@@ -67,8 +79,20 @@ class Launcher:
         try:
             return self._wait()
         finally:
+            for sorter in self._sorters:
+                sorter.finish(WORKERS_GRACE_S)
+            self._keep_library_lines()
             if self._hostfile is not None:
                 self._hostfile.unlink()
+
+    def _keep_library_lines(self) -> None:
+        """In the run directory, if there came to be one."""
+        run_dir = self._launch.run_dir
+        if run_dir is not None and run_dir.is_dir() and self._library_lines:
+            with contextlib.suppress(OSError):  # a full disk is no reason to end otherwise
+                (run_dir / LOGS).mkdir(exist_ok=True)
+                with open(run_dir / LOGS / "launcher.log", "ab") as file:
+                    file.writelines(self._library_lines)
 
     def _wait(self) -> int:
         handed_on, repeat_at_s, look_at_s = 0, float("inf"), 0.0
@@ -88,16 +112,12 @@ class Launcher:
             if now_s > look_at_s:
                 known, look_at_s = self._ranks() or known, now_s + REPEAT_S
         # DeepSpeed's launcher ends after its ranks unless it is killed; its runner says 0 then.
-        orphaned = any(map(_runs, known)) and not self._started_by_ssh
+        orphaned = any(map(_runs, known)) and not self._launch.by_ssh
         if orphaned:
             print("the launcher was killed: stopping its ranks", file=sys.stderr, flush=True)
             self._signal_group(signal.SIGTERM)
         self._end_group(GRACE_S if orphaned else WORKERS_GRACE_S)
         return (code if code >= 0 else 128 - code) or int(orphaned)
-
-    @property
-    def _started_by_ssh(self) -> bool:
-        return "--hostfile" in self._arguments and "--no_ssh" not in self._arguments
 
     def _tell_ranks(self, numbers: Sequence[int]) -> None:
         number = signal.SIGUSR1 if set(numbers) == {signal.SIGUSR1} else signal.SIGTERM
@@ -111,10 +131,10 @@ class Launcher:
             below = psutil.Process(self._runner.pid).children(recursive=True)
             if ranks := _top_ranks(below):
                 return ranks
-        if not self._started_by_ssh:
+        if not self._launch.by_ssh:
             return []
         # Started through ssh: not below this process, but known by the port.
-        port = self._arguments[self._arguments.index("--master_port") + 1]
+        port = str(self._launch.port)
         mine = psutil.Process().uids().real
         candidates = [p for p in psutil.process_iter() if _uid(p) == mine]
         return [r for r in _top_ranks(candidates) if _environment(r).get("MASTER_PORT") == port]
@@ -139,10 +159,9 @@ class Launcher:
         return any(_group(p) == self._runner.pid and _runs(p) for p in psutil.process_iter())
 
 
-def _write_hostfile(shape: str) -> Path:
-    nodes, ranks = map(int, shape.split(":"))
+def _write_hostfile(hosts: dict[str, int]) -> Path:
     with tempfile.NamedTemporaryFile("w", prefix="ultramem-hosts-", delete=False) as file:
-        file.writelines(f"node-{node} slots={ranks}\n" for node in range(nodes))
+        file.writelines(f"{host} slots={slots}\n" for host, slots in hosts.items())
     return Path(file.name)
 
 
@@ -186,5 +205,15 @@ def _top_ranks(processes: Sequence[psutil.Process]) -> list[psutil.Process]:
     return ranks
 
 
+def main(arguments: Sequence[str]) -> int:
+    """Launch, or refuse in a line with exit code 2."""
+    try:
+        launch = parse_launch(arguments)
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        return 2
+    return Launcher(launch).run()
+
+
 if __name__ == "__main__":
-    sys.exit(Launcher(sys.argv[1:]).run())
+    sys.exit(main(sys.argv[1:]))

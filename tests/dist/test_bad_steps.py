@@ -23,7 +23,8 @@ from ultramem_ds.optim.decision import Decision
 from ultramem_ds.zero.runtime import Ranks
 from ultramem_ds.testing.distributed import run_ranks
 from ultramem_ds.zero.replicated import replicated
-from ultramem_ds.train.engine import StepResult, TrainEngine
+from ultramem_ds.train.engine import TrainEngine
+from ultramem_ds.train.step import StepResult
 
 pytestmark = pytest.mark.dist
 

@@ -60,6 +60,10 @@ def test_train_resume_evaluate_generate(prepared: Path, tmp_path: Path) -> None:
     stopped = run_verb(*command, "train.stop_at_step=3", nproc=2)
     assert stopped.returncode == 0, stopped.stdout + stopped.stderr
     assert [record["step"] for record in lines(run_dir / "metrics.jsonl")] == [1, 2, 3]
+    shown = (stopped.stdout + stopped.stderr).splitlines()
+    assert shown and all(line.startswith("ultramem-debug step") for line in shown), shown
+    for name in ("rank-00000.log", "rank-00001.log", "launcher.log"):
+        assert "[WARNING]" in (run_dir / "logs" / name).read_text()
     with open(run_dir / "metrics.jsonl", "a") as file:  # what a kill leaves behind
         file.write('{"step": 4, "loss": 0.0}\n{"step": 5, "lo')
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Callable
 from pathlib import Path
 
-from tests.unit.bad_inputs import FITS, Case, Scene
+from tests.conftest import RUN_OVERRIDES, VOCAB_SIZE
+from tests.unit.bad_inputs import FITS, Case, Scene, rendezvous
 
 
 def _data(what: str, damage: Callable[[Path], object], *names: str) -> Case:
@@ -149,6 +151,41 @@ def _resumed(what: str, override: str, *names: str) -> Case:
     return Case("Checkpoints and runs", what, command, names)
 
 
+def _started(
+    what: str, origin: Callable[[Scene], Path], overrides: tuple[str, ...], *names: str
+) -> Case:
+    """A new run from the weights of another; OTHER takes other data, RESUMED an old run."""
+
+    def command(scene: Scene) -> list[str]:
+        data, words = scene.prepared, [*RUN_OVERRIDES]
+        if overrides == ("OTHER",):
+            data = _other_tokenizer(scene)
+        elif overrides == ("RESUMED",):
+            scene.run()
+            return [*scene.resume(), "--init-from", str(origin(scene))]
+        else:
+            words += overrides
+        head = scene.train(preset="ultramem-debug", data=data)
+        return [*head, "--init-from", str(origin(scene)), *words]
+
+    return Case("Checkpoints and runs", what, command, names)
+
+
+def _other_tokenizer(scene: Scene) -> Path:
+    """Data whose tokenizer has the same size and gives two tokens each other's ids."""
+    data = scene.data()
+    vocabulary = json.loads((data / "tokenizer.json").read_text())
+    tokens = vocabulary["model"]["vocab"]
+    first, second = list(tokens)[-2:]
+    tokens[first], tokens[second] = tokens[second], tokens[first]
+    text = json.dumps(vocabulary)
+    (data / "tokenizer.json").write_text(text)
+    manifest = json.loads((data / "manifest.json").read_text())
+    manifest["tokenizer"]["hash"] = hashlib.sha256(text.encode()).hexdigest()
+    (data / "manifest.json").write_text(json.dumps(manifest))
+    return data
+
+
 def _weights(checkpoint: Path) -> Path:
     """The file with the fp32 weights."""
     (found,) = checkpoint.glob("*optim_states.pt")
@@ -196,7 +233,28 @@ CHECKPOINTS = [
     _checkpoint("layout torn", lambda c: _cut(c / "layout.json"), "layout.json"),
     _checkpoint("layout missing", lambda c: (c / "layout.json").unlink(), "layout.json"),
     _resumed("another learning rate on resume", "optim.lr=1.0", "optim.lr=", "not 1.0",
-             "--run-dir"),
+             "--extend", "--run-dir"),
+    _resumed("another batch size on resume", "train.global_batch_size=8",
+             "train.global_batch_size=4", "--init-from"),
+    _resumed("more steps on resume", "train.max_steps=9", "train.max_steps=4", "--extend"),
+    Case("Checkpoints and runs", "no more steps than were taken, with --extend",
+         lambda scene: (scene.run(), [*scene.resume("train.max_steps=2"), "--extend"])[1],
+         ("train.max_steps=2", "set a larger one")),
+    _started("a start from nowhere", lambda scene: scene.root / "nowhere", (), "--init-from",
+             "no such directory"),
+    _started("a start from a directory that is no run", lambda scene: scene.root, (),
+             "--init-from", "neither a checkpoint nor a run"),
+    _started("a start from another kind of model", lambda scene: scene.trained,
+             ("model.kind=dense",), "model.kind", "'ultramem'"),
+    _started("a start with a larger vocabulary", lambda scene: scene.trained,
+             (f"model.vocab_size={2 * VOCAB_SIZE}",), "model.vocab_size",
+             f"set model.vocab_size={VOCAB_SIZE}"),
+    _started("a start with a larger table", lambda scene: scene.trained, ("memory.knum=20",),
+             "memory.knum", "set memory.knum=10"),
+    _started("a start with the data of another tokenizer", lambda scene: scene.trained,
+             ("OTHER",), "another tokenizer", "tokenizer.json"),
+    _started("a run that did not start there", lambda scene: scene.trained, ("RESUMED",),
+             "did not start from"),
     _resumed("another model on resume", "memory.knum=20", "memory.knum=10", "not 20"),
     _resumed("a key that is gone, on resume", "train.log_evry=5", "train.log_every"),
     Case(
@@ -238,7 +296,29 @@ def _unwritable_report(scene: Scene) -> list[str]:
     return ["report", str(scene.run()), "--output", str(scene.file("taken", "x"))]
 
 
+def _started_by(what: str, environment: dict[str, str], *names: str) -> Case:
+    """A start that looks like one of several."""
+
+    def command(scene: Scene) -> list[str]:
+        scene.environment |= environment
+        return scene.train(*FITS)
+
+    return Case("Environment", what, command, names)
+
+
 ENVIRONMENT = [
+    _started_by("ranks without a meeting point", {"RANK": "0", "WORLD_SIZE": "2"},
+                "without LOCAL_RANK, MASTER_ADDR, MASTER_PORT"),
+    _started_by("a number of ranks and no rank", {"WORLD_SIZE": "2"}, "without RANK"),
+    _started_by("a SLURM job without srun",
+                {"SLURM_JOB_ID": "1", "SLURM_NTASKS": "2", "SLURM_PROCID": "0",
+                 "SLURM_LOCALID": "0"}, "srun"),
+    _started_by("mpirun over several machines",
+                {"OMPI_COMM_WORLD_RANK": "0", "OMPI_COMM_WORLD_SIZE": "4",
+                 "OMPI_COMM_WORLD_LOCAL_RANK": "0", "OMPI_COMM_WORLD_LOCAL_SIZE": "2"},
+                "-x MASTER_ADDR"),
+    _started_by("a port that is none", {**rendezvous(2), "MASTER_PORT": "http"},
+                "MASTER_PORT='http'"),
     _environment("number of ranks not a number", "WORLD_SIZE", "two", "WORLD_SIZE='two'"),
     _environment("no ranks at all", "WORLD_SIZE", "0", "WORLD_SIZE='0'"),
     _environment("rank not a number", "RANK", "first", "RANK='first'"),

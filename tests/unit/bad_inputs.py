@@ -88,6 +88,17 @@ class Scene:
         return [*command, "--tokenizer", str(self.prepared / "tokenizer.json"), *rest]
 
 
+def rendezvous(ranks: int) -> dict[str, str]:
+    """What a launcher says to the first of so many ranks."""
+    return {
+        "RANK": "0",
+        "WORLD_SIZE": str(ranks),
+        "LOCAL_RANK": "0",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": "29500",
+    }
+
+
 Command: TypeAlias = Callable[[Scene], list[str]]
 
 
@@ -132,7 +143,7 @@ def _launched(what: str, ranks: int, override: str, *names: str, preset: str) ->
     """Settings that do not fit the number of ranks."""
 
     def command(scene: Scene) -> list[str]:
-        scene.environment["WORLD_SIZE"] = str(ranks)
+        scene.environment |= rendezvous(ranks)
         return scene.train(FITS[0], override, preset=preset)
 
     return Case("Configuration", what, command, names)
@@ -185,7 +196,7 @@ CONFIGURATION = [
         "Configuration",
         "columns not divisible by ranks",
         lambda scene: (
-            scene.environment.update(WORLD_SIZE="3"),
+            scene.environment.update(rendezvous(3)),
             scene.train(FITS[0], "train.global_batch_size=18", "memory.partition=dimension-wise",
                         preset="ultramem-debug"),
         )[1],
@@ -217,4 +228,10 @@ DEEPSPEED = [
                "optimizer": {"type": "Adam"}}, "'optimizer'", "optim.*"),
     _deepspeed("another batch size", {"zero_optimization": {"stage": 1}, "train_batch_size": 7},
                "train_batch_size=7", "train.global_batch_size"),
+    _deepspeed("another limit of the gradient norm", {"zero_optimization": {"stage": 1},
+               "gradient_clipping": 0.5}, "gradient_clipping=0.5", "optim.clip_grad=1.0"),
+    _deepspeed("another precision", {"zero_optimization": {"stage": 1},
+               "bf16": {"enabled": False}}, "bf16.enabled=false", "train.precision=bf16"),
+    _deepspeed("gradients accumulated in bf16", {"zero_optimization": {"stage": 1},
+               "data_types": {"grad_accum_dtype": "bf16"}}, "data_types.grad_accum_dtype", "fp32"),
 ]  # fmt: skip

@@ -422,9 +422,9 @@ def test_document_boundaries(tmp_path_factory, lengths, seq_len, mask, reset):
         begin = mixture.locate(index).sequence * seq_len
         mine = owner[begin : begin + seq_len].tolist()
         starts.append([mine.index(document) for document in mine])
-    assert (batch.doc_starts is not None) == mask and (batch.positions is not None) == reset
-    if batch.doc_starts is not None:
-        assert batch.doc_starts.tolist() == starts
+    assert (batch.doc_ids is not None) == mask and (batch.positions is not None) == reset
+    if batch.doc_ids is not None:
+        assert batch.doc_ids.tolist() == starts
     if batch.positions is not None:
         expected = [[k - start for k, start in enumerate(row)] for row in starts]
         assert batch.positions.tolist() == expected

@@ -42,7 +42,7 @@ def loss_of_token(target: int, depth: int, position: int) -> float:
 def stand_in(batch: MicroBatch) -> Tensor:
     """A model whose loss of a token is :func:`loss_of_token`."""
     index_S = torch.arange(SEQ_LEN)
-    starts = batch.doc_starts if batch.doc_starts is not None else torch.zeros(SEQ_LEN)
+    starts = batch.doc_ids if batch.doc_ids is not None else torch.zeros(SEQ_LEN)
     positions = batch.positions if batch.positions is not None else index_S
     return (batch.tokens[:, 1:] + 0.1 * (index_S - starts) + 0.01 * positions).double().mean()
 

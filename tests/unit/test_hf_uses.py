@@ -19,7 +19,7 @@ from tests.unit.exported_models import KINDS, padded, prompts_of, random_model, 
 from ultramem_ds.exchange.directory import export_hf
 from ultramem_ds.hf import UltraMemForCausalLM
 from ultramem_ds.model.lm import LanguageModel
-from ultramem_ds.model.memory.tucker import leading_singular_vectors
+from ultramem_ds.model.memory.scores import leading_singular_vectors
 
 PROMPTS = prompts_of(2, 5, 11, 20)
 MEMORY_KINDS = [kind for kind in KINDS if kind not in ("dense", "moe")]

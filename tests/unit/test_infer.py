@@ -8,16 +8,10 @@ from ultramem_ds.infer.cache import KVCache
 from ultramem_ds.infer.experts import GroupedExperts
 from ultramem_ds.infer.generate import generate, stream
 from ultramem_ds.infer.sampling import Sampling, choose, distribution
-from ultramem_ds.infer.search import PackedSearch, PackedSelect
+from ultramem_ds.infer.search import PackedSearch
 from ultramem_ds.infer.text import Detokenizer
-from ultramem_ds.infer.weights import PackedLinear, PackedWeights, pack_where_possible
-from ultramem_ds.kernels.packed import (
-    attend_to_cache,
-    can_pack,
-    grouped_linear,
-    pack_into,
-    packed_shape,
-)
+from ultramem_ds.infer.weights import GroupedWeights, PackedLinear
+from ultramem_ds.kernels import resolve
 from ultramem_ds.model.memory.layer import MemoryLayer
 from ultramem_ds.model.memory.lookup import ValueTable
 from ultramem_ds.model.memory.query import LAYOUTS
@@ -147,9 +141,12 @@ def test_text_comes_in_pieces_that_join():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("top_k", [1, 2])
-@pytest.mark.parametrize("packer", [pack_where_possible, lambda linears: None])
+@pytest.mark.parametrize("kernel", ["auto", "reference"])
 @torch.no_grad()
-def test_grouped_experts_are_the_mixture_and_read_only_the_chosen(dtype, top_k, packer):
+def test_grouped_experts_are_the_mixture_and_read_only_the_chosen(
+    dtype, top_k, kernel, monkeypatch
+):
+    monkeypatch.setenv("ULTRAMEM_KERNEL", kernel)
     config = ModelConfig(kind="moe", hidden_size=32, inner_size=64, num_heads=2)
     torch.manual_seed(0)
     mixture = MixtureOfExperts(config, MoEConfig(num_experts=8, top_k=top_k)).to(dtype)
@@ -161,15 +158,16 @@ def test_grouped_experts_are_the_mixture_and_read_only_the_chosen(dtype, top_k, 
         if not chosen:
             expert.up_proj.weight.fill_(float("nan"))
             expert.down_proj.weight.fill_(float("nan"))
-    got = GroupedExperts(mixture, packer)(x_BSD)
+    got = GroupedExperts(mixture, GroupedWeights.pack)(x_BSD)
     assert torch.equal(got.expert_counts, expected.expert_counts)
     # Same products, perhaps another order of sums over 64: a few units in the last place.
     tolerance = 1e-5 if dtype == torch.float32 else 2e-2
     torch.testing.assert_close(got.y_BSD, expected.y_BSD, rtol=tolerance, atol=tolerance)
 
 
+KERNEL = resolve("auto", torch.device("cpu"))
 needs_native = pytest.mark.skipif(
-    not can_pack(torch.zeros(1)), reason="no compiler: packed products are torch's here"
+    KERNEL.name != "cpu", reason="no compiler: packed products are torch's here"
 )
 
 
@@ -182,7 +180,7 @@ def test_packed_product_is_the_product(outputs, inputs, rows):
     x_MK = torch.randn(rows, inputs, generator=generator)
     linear = torch.nn.Linear(inputs, outputs, bias=False)
     linear.weight.data = weight_NK.clone()
-    got = PackedLinear(PackedWeights.pack([linear]))(x_MK[None])[0]
+    got = PackedLinear(GroupedWeights.pack([linear]))(x_MK[None])[0]
     exact = (x_MK.double() @ weight_NK.double().T).float()
     # Sums of up to 2500 products of unit size: sqrt(2500) * 2^-24 * a few.
     torch.testing.assert_close(got, exact, rtol=1e-5, atol=1e-4)
@@ -192,13 +190,13 @@ def test_packed_product_is_the_product(outputs, inputs, rows):
 def test_packed_groups_use_their_own_weights_and_skip_idle_ones():
     generator = torch.Generator().manual_seed(0)
     weights_XNK = torch.randn(5, 40, 24, generator=generator)
-    packed = torch.empty(5, *packed_shape(40, 24))
+    packed = torch.empty(5, *KERNEL.packed_shape(40, 24, dtype=torch.float32))
     for slot, weight in zip(packed, weights_XNK):
-        pack_into(slot, weight)
+        KERNEL.pack_into(slot, weight)
     packed[2] = float("nan")
     counts = [3, 1, 0, 20, 0]
     x_MK = torch.randn(24, 24, generator=generator)
-    got = grouped_linear(x_MK, packed, torch.tensor(counts).cumsum(0), 40)
+    got = KERNEL.grouped_linear(x_MK, packed, torch.tensor(counts).cumsum(0), 40)
     expected = [x @ w.T for x, w in zip(x_MK.split(counts), weights_XNK)]
     torch.testing.assert_close(got, torch.cat(expected), rtol=1e-5, atol=1e-5)
 
@@ -235,7 +233,7 @@ def test_packed_selection_is_the_two_stage_selection(layout, retrieval):
         param.normal_()
     x_BSD = torch.randn(5, 3, 32)
     expected = layer.retrieval(x_BSD)
-    layer.retrieval.select = PackedSelect(memory)
+    layer.retrieval.product = PackedSearch(LAYOUTS[layout])
     got = layer.retrieval(x_BSD)
     assert torch.equal(got.slots_TK, expected.slots_TK)
     # Scores multiply two sums of 21 products near 20 each: a few units of 2^-24 * 10^3.
@@ -252,8 +250,11 @@ def test_attention_to_a_cache_is_torchs(width, heads, cached_heads, positions):
     keys, values = torch.randn(2, 2, cached_heads, 128, width, generator=generator)[
         :, :, :, :positions
     ]
-    got = attend_to_cache(q_BA1K, keys, values)
+    with torch.no_grad():
+        got = KERNEL.attend(q_BA1K, keys, values, None, 0.0)
+        plain = resolve("reference", q_BA1K.device).attend(q_BA1K, keys, values, None, 0.0)
     repeated = [x.repeat_interleave(heads // cached_heads, dim=1) for x in (keys, values)]
     expected = torch.nn.functional.scaled_dot_product_attention(q_BA1K, *repeated)
     # Exponentials good to 2e-7 of scores up to about 50, sums of up to 100 values near 1.
     torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(plain, expected, rtol=1e-5, atol=1e-5)

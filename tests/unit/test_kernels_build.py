@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from ultramem_ds.kernels import __main__ as command
-from ultramem_ds.kernels import build, cpu, registry
+from ultramem_ds.kernels import build, native, registry
 
 CPU = torch.device("cpu")
 
@@ -38,7 +38,7 @@ def test_a_left_over_lock_does_not_stop_a_build_and_a_second_call_finds_it(
     monkeypatch.setenv("CXX", "no-such-compiler")  # a library built earlier needs none
     assert build.build() == path
     assert path.stat().st_mtime_ns == built_at
-    assert cpu.load_library(path).ultramem_pool.restype is not None
+    assert native.load_library(path).ultramem_pool.restype is not None
 
 
 def test_without_a_compiler_the_cpu_kernel_is_embedding_bag_and_says_why(
@@ -83,4 +83,4 @@ def test_the_name_follows_source_flags_torch_and_cpu(monkeypatch):
 def test_the_kernel_for_another_device_is_refused_with_a_reason():
     with pytest.raises(ValueError, match="runs on cpu, the table is on meta"):
         registry.resolve("cpu", torch.device("meta"))
-    assert registry.resolve("auto", torch.device("meta")).name == "embedding-bag"
+    assert registry.resolve("auto", torch.device("meta")).name == "reference"

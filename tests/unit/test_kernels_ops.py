@@ -3,13 +3,8 @@
 import pytest
 import torch
 
-from ultramem_ds.kernels import (
-    bag_reduce,
-    bag_reduce_backward_rows,
-    lookup_reduce,
-    lookup_reduce_backward_rows,
-    registry,
-)
+from ultramem_ds.kernels import bag_reduce, lookup_reduce, registry
+from ultramem_ds.kernels.dots import row_dots
 
 KERNELS = ["reference", "embedding-bag", "cpu"]
 DTYPES = [torch.float32, torch.bfloat16, torch.float64]
@@ -177,26 +172,47 @@ def test_gradcheck(kernel, num_cores):
 
 @pytest.mark.parametrize("kernel", KERNELS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_backward_rows_is_the_dense_gradient_at_the_touched_rows(kernel, dtype, shape):
-    values_RV, rows_TK, projectors_TK, scores_TKh, grad_TEV = make_problem(**shape, dtype=dtype)
-    _, grad_values, grad_scores = loops(values_RV, rows_TK, projectors_TK, scores_TKh, grad_TEV)
-    accumulated = torch.promote_types(dtype, torch.float32)
-    touched = lookup_reduce_backward_rows(
-        grad_TEV, values_RV, rows_TK, projectors_TK, scores_TKh, kernel=kernel
-    )
-    assert touched.rows_U.tolist() == sorted(set(rows_TK.flatten().tolist()))
-    assert touched.grad_UV.dtype == accumulated
-    assert_close(touched.grad_UV, grad_values[touched.rows_U], accumulated)
-    assert_close(touched.grad_scores, grad_scores, accumulated)
+@pytest.mark.parametrize("width", [1, 7, 40])
+def test_row_dots_are_the_products_and_differentiable(kernel, dtype, width):
+    generator = torch.Generator().manual_seed(width)
+    wide = torch.promote_types(dtype, torch.float32)
+    queries_TGd = torch.randn(5, 3, width, generator=generator, dtype=wide).to(dtype)
+    keys_Rd = torch.randn(11, width, generator=generator, dtype=wide).to(dtype)
+    rows_TK = torch.randint(0, 11, (5, 9), generator=generator)
+    # What retrieval hands over: the groups of one token, expanded over tokens.
+    groups_TK = torch.randint(0, 3, (1, 9), generator=generator).expand(5, 9)
+    weight_TK = torch.randn(5, 9, generator=generator, dtype=wide)
+    kernel = registry.resolve(kernel, keys_Rd.device)
 
-    rows_M, offsets_B1, scores_Mh, order_M = to_bags(rows_TK, projectors_TK, scores_TKh, shape["E"])
-    ragged = bag_reduce_backward_rows(
-        grad_TEV.flatten(0, 1), values_RV, rows_M, offsets_B1, scores_Mh, kernel=kernel
-    )
-    assert ragged.rows_U.tolist() == touched.rows_U.tolist()
-    assert_close(ragged.grad_UV, grad_values[ragged.rows_U], accumulated)
-    assert_close(ragged.grad_scores, grad_scores.flatten(0, 1)[order_M], accumulated)
+    def products(queries_TGd, keys_Rd):
+        return row_dots(kernel, queries_TGd, keys_Rd, rows_TK, groups_TK)
+
+    def oracle(queries_TGd, keys_Rd):
+        asked_TKd = queries_TGd[torch.arange(5)[:, None], groups_TK]
+        return (asked_TKd * keys_Rd[rows_TK]).sum(-1)
+
+    found = []
+    for function, leaves in (
+        (products, (queries_TGd, keys_Rd)),
+        (oracle, (queries_TGd.double(), keys_Rd.double())),
+    ):
+        leaves = [leaf.clone().requires_grad_() for leaf in leaves]
+        dots_TK = function(*leaves)
+        (dots_TK * weight_TK.to(dots_TK.dtype)).sum().backward()
+        found.append((dots_TK.detach(), *(leaf.grad for leaf in leaves)))
+    assert found[0][0].dtype == wide
+    assert_close(found[0][0], found[1][0], wide)
+    for got, exact in zip(found[0][1:], found[1][1:]):
+        assert_close(got, exact, dtype)
+
+
+def test_native_calls_take_dense_memory_only():
+    """A view that expands one element has not the elements that C++ would read."""
+    kernel = registry.resolve("cpu", torch.device("cpu"))
+    values_RV, ids_M = torch.randn(4, 8), torch.zeros(6, dtype=torch.int64)
+    weights_M1 = torch.ones(1, 1).expand(6, 1)
+    with pytest.raises(AssertionError):
+        kernel.backward(values_RV, values_RV, ids_M, ids_M, weights_M1, torch.zeros(4, 8))
 
 
 @pytest.mark.parametrize("kernel", ["embedding-bag", "cpu"])

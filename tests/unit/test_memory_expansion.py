@@ -4,7 +4,10 @@ import pytest
 import torch
 
 from tests.unit.memory_helpers import MEMORY, inputs, make_layer, run
-from ultramem_ds.model.memory.expansion import BijectionShuffle, build_shuffle, split_slots
+from ultramem_ds.kernels import resolve
+from ultramem_ds.model.memory.expansion import BijectionShuffle, build_shuffle
+
+SPLIT = resolve("auto", torch.device("cpu")).split
 
 
 @pytest.mark.parametrize("num_keys", [1, 2, 3, 24, 101])
@@ -30,7 +33,7 @@ def test_bijection_breaks_up_rows_and_columns():
     num_rows = num_keys**2 // expansion
     shuffle = BijectionShuffle(num_keys, seed=3)
     for line in (torch.arange(num_keys), torch.arange(num_keys) * num_keys):
-        rows, projectors = split_slots(shuffle(line), num_rows)
+        rows, projectors = SPLIT(shuffle(line), num_rows)
         # Expected 100 per projector, standard deviation below 9.
         assert (projectors.bincount(minlength=4) - 100).abs().max() < 45
         assert (rows * 8 // num_rows).bincount(minlength=8).min() > 20

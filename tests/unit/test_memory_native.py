@@ -5,14 +5,14 @@ import copy
 import pytest
 import torch
 
-from tests.unit.memory_helpers import inputs, make_layer
-from ultramem_ds.kernels import select
-from ultramem_ds.kernels.native import native_library
-from ultramem_ds.model.memory.expansion import BijectionShuffle, split_slots
+from tests.unit.memory_helpers import inputs, make_layer, run
+from ultramem_ds.kernels import cpu_autograd, resolve
+from ultramem_ds.model.memory.expansion import BijectionShuffle
 from ultramem_ds.model.memory.query import CausalConv
 
+CPU = torch.device("cpu")
 pytestmark = pytest.mark.skipif(
-    native_library(torch.zeros(1)) is None, reason="no compiler: all of it is torch's here"
+    resolve("auto", CPU).name != "cpu", reason="no compiler: all of it is torch's here"
 )
 
 TUCKER = dict(num_heads=2, tucker_rank=2, num_cores=2)
@@ -68,7 +68,7 @@ def test_runs_of_tokens_make_no_difference(monkeypatch):
     x = inputs(2, 20, dtype=torch.float32)
     weight = torch.randn(retrieval(x).scores_TKh.shape)
     whole = selected(retrieval, x, weight)
-    monkeypatch.setattr(select, "TOKENS_PER_SEARCH", 7)
+    monkeypatch.setattr(cpu_autograd, "TOKENS_PER_SEARCH", 7)
     parts = selected(retrieval, x, weight)
     assert torch.equal(whole[0], parts[0])
     torch.testing.assert_close(whole[1], parts[1])
@@ -140,9 +140,11 @@ def test_convolution_continues_from_a_state(seq_len, documents):
     assert torch.equal(state.double(), exact_state)
 
 
-def test_shuffle_and_split_are_the_formulas():
+@pytest.mark.parametrize("name", ["cpu", "reference"])
+def test_shuffle_and_split_are_the_formulas(name):
     n, num_rows = 37, 350
-    shuffle = BijectionShuffle(n, seed=3)
+    kernel = resolve(name, CPU)
+    shuffle = BijectionShuffle(n, seed=3, kernel=name)
     slots = torch.arange(n * n).view(n, n)
     permuted = shuffle(slots)
     left, right = slots // n, slots % n
@@ -150,6 +152,26 @@ def test_shuffle_and_split_are_the_formulas():
         left, right = right, (left + table[right]) % n
     assert torch.equal(permuted, left * n + right)
     assert torch.equal(permuted.flatten().sort().values, slots.flatten())
-    rows, projectors = split_slots(permuted.t(), num_rows)
+    rows, projectors = kernel.split(permuted.t(), num_rows)
     assert torch.equal(rows, permuted.t() % num_rows)
     assert torch.equal(projectors, permuted.t() // num_rows)
+
+
+def test_a_named_kernel_is_what_a_layer_runs():
+    """Every operator of the layer follows ``memory.kernel``: a stand-in sees the calls."""
+    reference = resolve("reference", CPU)
+    seen = set()
+
+    class Counting:
+        def __getattr__(self, name):
+            seen.add(name)
+            return getattr(reference, name)
+
+    layer = make_layer(dtype=torch.float32, kernel="reference", **TUCKER)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("ultramem_ds.kernels.registry.resolve", lambda *_: Counting())
+        for module in ("query", "retrieval", "expansion", "layer"):
+            patch.setattr(f"ultramem_ds.model.memory.{module}.resolve", lambda *_: Counting())
+        x = inputs(dtype=torch.float32).requires_grad_()
+        run(layer, x).sum().backward()
+    assert seen >= {"causal_conv", "select", "shuffle", "split", "lookup", "backward"}

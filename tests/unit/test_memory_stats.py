@@ -89,6 +89,17 @@ def test_kl_of_known_usages():
     assert usage_kl(torch.zeros(4, dtype=torch.int32)) == 0.0
 
 
+def test_a_collapsed_layer_is_counted_beyond_31_bits() -> None:
+    """2 ranks with 3e9 uses of one slot each: the paper's batch, every token at one place."""
+    counter = UsageCounter(4, torch.device("cpu"))
+    counter.counts[1] = 3_000_000_000
+    counter.add(torch.tensor([1, 1, 2]))
+    both = counter.counts * 2  # as summed over ranks
+    assert both.tolist() == [0, 6_000_000_004, 2, 0]
+    assert touched_share(both, 4) == 0.5
+    assert usage_kl(both) == pytest.approx(math.log(4), rel=1e-6)
+
+
 def test_update_sizes_are_those_of_the_tensor():
     """On a tensor looked at in full exactly; on a larger one by every 17th element within 2%."""
     generator = torch.Generator().manual_seed(0)

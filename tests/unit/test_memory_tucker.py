@@ -6,8 +6,7 @@ import pytest
 import torch
 
 from tests.unit.memory_helpers import inputs, make_layer, run
-from ultramem_ds.model.memory.losses import tucker_aux_loss
-from ultramem_ds.model.memory.tucker import leading_singular_vectors
+from ultramem_ds.model.memory.scores import leading_pair, singular_vectors
 
 
 def expected_product(form):
@@ -75,7 +74,7 @@ def test_sign_is_kept_through_updates_and_loads():
 
 def test_first_sign_makes_the_largest_entry_positive():
     core = torch.randn(8, 3, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    vectors = leading_singular_vectors(core, torch.zeros(2, 8, 3, dtype=torch.float64))
+    vectors = leading_pair(singular_vectors(core), torch.zeros(2, 8, 3, dtype=torch.float64))
     by_head = vectors.transpose(0, 1).flatten(1)
     assert (by_head.max(1).values == by_head.abs().max(1).values).all()
 
@@ -83,14 +82,16 @@ def test_first_sign_makes_the_largest_entry_positive():
 def test_aux_loss_is_equation_12():
     """Diagonal cores show their singular values: 0.5, 0.3, 0.1 and 1.0, 0.2, 0.15."""
     core = torch.diag_embed(torch.tensor([[0.3, 0.5, 0.1], [0.2, 0.15, 1.0]], dtype=torch.float64))
-    core = core.requires_grad_()
-    loss = tucker_aux_loss(core, margin=0.15)
+    form = make_layer(tucker_rank=3, num_cores=1, aux_loss_margin=0.15).train().retrieval.form
+    with torch.no_grad():
+        form.core.copy_(core[None])
+    loss = form().aux_loss
     per_head = [(0.3 - 0.15) ** 2 / 2, (0.2 - 0.15) ** 2 / 2]
     torch.testing.assert_close(loss.item(), sum(per_head) / 2)
     loss.backward()
     # d loss / d sigma_i = (sigma_i - margin) / (r - 1) per head, halved by the mean over heads
     # and doubled by the square.
-    grads = core.grad.diagonal(dim1=-2, dim2=-1)
+    grads = form.core.grad[0].diagonal(dim1=-2, dim2=-1)
     expected = torch.tensor([[0.15, 0.0, 0.0], [0.05, 0.0, 0.0]], dtype=torch.float64) / 2
     torch.testing.assert_close(grads, expected, rtol=1e-6, atol=1e-9)
 
@@ -100,3 +101,13 @@ def test_aux_loss_only_in_training_and_above_rank_one():
     assert layer.train().start(inputs()).aux_loss > 0
     assert layer.eval().start(inputs()).aux_loss == 0
     assert make_layer(tucker_rank=1).train().start(inputs()).aux_loss == 0
+
+
+def test_aux_loss_has_the_gradient_of_the_singular_values():
+    """Against torch's own derivative of the decomposition, for a general core."""
+    form = make_layer(tucker_rank=4, num_cores=3, aux_loss_margin=0.01).train().retrieval.form
+    form().aux_loss.backward()
+    core = form.core.detach().clone().requires_grad_()
+    excess = (torch.linalg.svdvals(core.sum(0))[:, 1:] - 0.01).clamp(min=0)
+    (excess.square().sum(-1).mean() / 3).backward()
+    torch.testing.assert_close(form.core.grad, core.grad, rtol=1e-9, atol=1e-12)

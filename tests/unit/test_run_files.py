@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import math
 import resource
 import shutil
 import signal
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -14,6 +16,7 @@ from ultramem_ds.checkpoint import directory as checkpoints
 from ultramem_ds.checkpoint.record import write_layout, write_rank_layout
 from ultramem_ds.telemetry.metrics import MetricsWriter, read_lines
 from ultramem_ds.telemetry.report import median_phases_ms, read_run, write_report
+from ultramem_ds.utils.files import write_json
 from ultramem_ds.utils.lines import LineFile
 
 
@@ -96,6 +99,30 @@ def test_metrics_past_the_checkpoint_are_dropped(tmp_path: Path) -> None:
     records = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert [(r["step"], r["loss"]) for r in records][-2:] == [(3, 1 / 3), (4, 9.0)]
     assert read_lines(tmp_path / "validation.jsonl") == []
+
+
+def strict(text: str) -> Any:
+    """Parse JSON as other programs do: NaN is no word of it."""
+
+    def refuse(word: str) -> None:
+        raise AssertionError(word)
+
+    return json.loads(text, parse_constant=refuse)
+
+
+def test_numbers_that_are_not_finite_are_null(tmp_path: Path) -> None:
+    """Auxiliary terms of a skipped step, statistics, validation of a model that has diverged."""
+    writer = MetricsWriter(tmp_path, 1)
+    writer.write_step({"step": 1, "aux_loss": math.nan, "expert_share": [[math.inf, 1.0]]})
+    writer.write_validation(1, {"all": math.nan, "a": 2.0})
+    writer.close()
+    (step,) = map(strict, (tmp_path / "metrics.jsonl").read_text().splitlines())
+    assert step == {"step": 1, "aux_loss": None, "expert_share": [[None, 1.0]]}
+    (validation,) = map(strict, (tmp_path / "validation.jsonl").read_text().splitlines())
+    assert validation == {"step": 1, "all": None, "a": 2.0}
+    write_json(tmp_path / "summary.json", {"val_loss": math.nan, "nested": [{"x": (-math.inf,)}]})
+    summary = strict((tmp_path / "summary.json").read_text())
+    assert summary == {"val_loss": None, "nested": [{"x": [None]}]}
 
 
 def test_a_broken_line_in_the_middle_is_an_error(tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import torch
 
 from ultramem_ds.config.schema import Config
-from ultramem_ds.kernels.packed import can_pack, grouped_linear, packed_shape
+from ultramem_ds.kernels import resolve
 from ultramem_ds.model.accounting import query_width
 
 _PROBE_ROWS = 56  # four full runs of the packed product's registers
@@ -153,9 +153,11 @@ class RateProbes:
             "read/sum": self.memory.nbytes,
             "multiply/square": 2.0 * _PROBE_SQUARE**3,
         }
-        if can_pack(memory):
+        self.kernel = resolve("auto", memory.device)
+        if self.kernel.packs(memory):
             packed = self.memory.view(1, panels, _PROBE_WIDTH, 32)
-            small = self.memory[: 1 << 20].view(1, *packed_shape(1024, 1024))
+            shape = self.kernel.packed_shape(1024, 1024, dtype=memory.dtype)
+            small = self.memory[: 1 << 20].view(1, *shape)
             one, many = torch.rand(1, _PROBE_WIDTH), torch.rand(_PROBE_ROWS, _PROBE_WIDTH)
             self._packed(packed, one, panels * 32, "read/packed", self.memory.nbytes)
             self._packed(small, many, 1024, "multiply/packed", 2.0 * _PROBE_ROWS * 1024 * 1024)
@@ -164,7 +166,7 @@ class RateProbes:
         self, weights: torch.Tensor, x: torch.Tensor, outputs: int, name: str, work: float
     ) -> None:
         ends = torch.tensor([x.shape[0]])
-        self.calls[name] = lambda: grouped_linear(x, weights, ends, outputs)
+        self.calls[name] = lambda: self.kernel.grouped_linear(x, weights, ends, outputs)
         self.work[name] = work
 
     def rates(self, times_ms: dict[str, float]) -> Rates:

@@ -16,15 +16,15 @@ from itertools import cycle
 from typing import Literal, TypeAlias, cast
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ultramem_ds.config.schema import Config, ModelConfig
 from ultramem_ds.infer.experts import GroupedExperts, Router
-from ultramem_ds.infer.prepare import install_native_calls, prepare_for_decoding
-from ultramem_ds.infer.weights import PackedWeights
+from ultramem_ds.infer.prepare import prepare_for_decoding
+from ultramem_ds.infer.weights import GroupedWeights
+from ultramem_ds.kernels import resolve
+from ultramem_ds.kernels.cpu import PANEL
 from ultramem_ds.kernels.hugepages import advise_huge_pages
-from ultramem_ds.kernels.packed import PANEL, attend_to_cache, can_pack, packed_shape
 from ultramem_ds.model.init import init_parameter
 from ultramem_ds.model.lm import LanguageModel, StepInputs
 from ultramem_ds.model.transformer import Attention, AttentionContext, Block, KVSlot
@@ -96,17 +96,14 @@ def build_on(buffer: WeightBuffer, config: Config) -> LanguageModel:
         for name, param in form.named_parameters():  # and its parameters wait for their values
             setattr(memory.retrieval.form, name, param)
 
-    def packer(linears: Sequence[nn.Linear]) -> PackedWeights | None:
-        if not can_pack(buffer.elements):
-            return None
-        shape = packed_shape(*linears[0].weight.shape)
-        return PackedWeights(buffer.take((len(linears), *shape)), linears[0].out_features)
+    kernel = resolve("auto", buffer.elements.device)
 
-    if not can_pack(buffer.elements):
-        _materialise(model, buffer)
-    prepare_for_decoding(model, packer)
+    def packer(linears: Sequence[nn.Linear]) -> GroupedWeights:
+        shape = kernel.packed_shape(*linears[0].weight.shape, dtype=buffer.elements.dtype)
+        return GroupedWeights(buffer.take((len(linears), *shape)), linears[0].out_features)
+
+    prepare_for_decoding(model, packer, like=buffer.elements)
     _materialise(model, buffer)
-    install_native_calls(model)
     model.to(buffer.elements.device).mark_stale()
     return model
 
@@ -244,11 +241,8 @@ class GroupedQueryAttention(Attention):
         assert kv is not None and x_BSD.shape[1] == 1
         q_BA1K, k_BA1K, v_BA1K = self.project(x_BSD, context)
         k_BACK, v_BACK = kv.update(k_BA1K, v_BA1K)
-        if can_pack(q_BA1K):
-            out_BA1K = attend_to_cache(q_BA1K, k_BACK, v_BACK)
-        else:  # the query heads of a group lie along the positions: one product per cached head
-            grouped = q_BA1K.reshape(q_BA1K.shape[0], k_BACK.shape[1], -1, q_BA1K.shape[-1])
-            out_BA1K = F.scaled_dot_product_attention(grouped, k_BACK, v_BACK)
+        kernel = resolve("auto", q_BA1K.device)
+        out_BA1K = kernel.attend(q_BA1K, k_BACK, v_BACK, None, 0.0)
         return self.out_proj(out_BA1K.reshape(x_BSD.shape))
 
 

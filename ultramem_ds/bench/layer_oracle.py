@@ -15,7 +15,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ultramem_ds.model.memory.layer import MemoryLayer
-from ultramem_ds.model.memory.tucker import TuckerForm
 
 
 class OracleLayer:
@@ -38,7 +37,7 @@ class OracleLayer:
         """``(T, D)`` to ``(T, D)``."""
         retrieval, m = self.layer.retrieval, self.layer.retrieval.top_m
         form = retrieval.form()
-        assert isinstance(form, TuckerForm)
+        assert form.core_hHrr is not None
         T = x_TD.shape[0]
         convolved, _ = retrieval.query.conv(x_TD[None], None, None)
         query_T2d = retrieval.query.proj(convolved[0]).view(T, 2, -1)

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ultramem_ds.bench.common import header, time_alternating
-from ultramem_ds.kernels import describe, lookup_reduce, lookup_reduce_backward_rows, row_adam_
+from ultramem_ds.kernels import describe, lookup_reduce, row_adam_
 from ultramem_ds.kernels.embedding_bag import bags_by_core, group_by_projector
 from ultramem_ds.kernels.hugepages import advise_huge_pages
 
@@ -187,30 +187,31 @@ class LookupBench:
         """Return a call per variant of the backward alone, giving gradients of table and scores."""
         adam = (torch.zeros_like(self.grad_RV), torch.zeros_like(self.grad_RV))
 
-        def rows_only(p: Problem) -> Any:
-            return lookup_reduce_backward_rows(
-                p.grad_TEV,
-                self.values_RV,
-                p.rows_TK,
-                p.projectors_TK,
-                p.scores_TKh,
-                kernel=self.config.kernel,
-            )
+        def touched_rows(p: Problem) -> tuple[Tensor, Tensor]:
+            """What a row-sparse shard does: the rows as a table of their own, and its gradient."""
+            rows_U, local_TK = torch.unique(p.rows_TK, return_inverse=True)
+            grad_UV = self.grad_RV.new_zeros(rows_U.numel(), self.config.value_dim)
+            with torch.enable_grad():
+                pooled_TEV = lookup_reduce(
+                    self.values_RV.index_select(0, rows_U),
+                    local_TK,
+                    p.projectors_TK,
+                    p.scores_TKh,
+                    self.config.expansion,
+                    grad_values_RV=grad_UV,
+                    kernel=self.config.kernel,
+                )
+            torch.autograd.grad(pooled_TEV, p.scores_TKh, p.grad_TEV)
+            return rows_U, grad_UV
 
-        def rows_and_adam(p: Problem) -> None:
-            touched = rows_only(p)
+        def touched_rows_and_adam(p: Problem) -> None:
+            rows_U, grad_UV = touched_rows(p)
             row_adam_(
-                touched.rows_U,
-                touched.grad_UV,
-                self.values_RV,
-                *adam,
-                step=1,
-                lr=0.0,
-                kernel=self.config.kernel,
+                rows_U, grad_UV, self.values_RV, *adam, step=1, lr=0.0, kernel=self.config.kernel
             )
 
         for problem in problems:  # first touches of the moments' pages are no part of a step
-            rows_and_adam(problem)
+            touched_rows_and_adam(problem)
         graph_variants = {
             "lookup_reduce": lambda p: (
                 self.lookup(p, self.config.kernel, self.grad_RV),
@@ -230,8 +231,9 @@ class LookupBench:
             ),
         }
         variants = {name: _backward(make, problems) for name, make in graph_variants.items()}
-        variants["backward-rows"] = _without_grad(rows_only, problems)
-        variants["backward-rows-adam"] = _without_grad(rows_and_adam, problems)
+        # Forward and backward: the row-sparse step has no backward without its gather.
+        variants["touched-rows"] = _without_grad(touched_rows, problems)
+        variants["touched-rows-adam"] = _without_grad(touched_rows_and_adam, problems)
         return variants
 
 

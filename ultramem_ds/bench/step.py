@@ -24,7 +24,7 @@ from ultramem_ds.config.deepspeed import load_deepspeed_json
 from ultramem_ds.config.memory import TableOptimizer
 from ultramem_ds.config.presets import preset
 from ultramem_ds.config.schema import Config
-from ultramem_ds.data.loader import MicroBatch
+from ultramem_ds.data.micro_batch import MicroBatch
 from ultramem_ds.model.accounting import count
 from ultramem_ds.model.init import init_module
 from ultramem_ds.model.lm import LanguageModel

@@ -146,8 +146,12 @@ def _is_complete(path: Path) -> bool:
     return known and (path / TRAINER).is_file()
 
 
-def find_checkpoint(path: Path) -> Path:
+def find_checkpoint(path: Path, option: str = "--checkpoint") -> Path:
     """Resolve ``--checkpoint PATH``: a run directory (its latest) or one checkpoint under it.
+
+    Args:
+        path: what was given.
+        option: how it was given, for messages.
 
     Raises:
         ValueError: if there is no checkpoint there.
@@ -155,10 +159,10 @@ def find_checkpoint(path: Path) -> Path:
     if (path / TRAINER).exists():
         return path
     if not path.exists():
-        raise ValueError(f"--checkpoint {path}: no such directory")
+        raise ValueError(f"{option} {path}: no such directory")
     found = latest_checkpoint(path)
     if found is None:
-        raise ValueError(f"--checkpoint {path}: neither a checkpoint nor a run with one")
+        raise ValueError(f"{option} {path}: neither a checkpoint nor a run with one")
     return found
 
 

@@ -25,6 +25,17 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
         "--run-dir", type=Path, metavar="DIR", help="check its disk and checkpoints; default: here"
     )
     parser.add_argument("--deepspeed", type=Path, metavar="FILE", help="as for train")
+    parser.add_argument(
+        "--gpu",
+        action="store_true",
+        help="check the GPU instead: kernels, training, decoding, rates, each against the CPU",
+    )
+    parser.add_argument(
+        "--rehearse", action="store_true", help="with --gpu: what has a CPU equivalent, on the CPU"
+    )
+    parser.add_argument(
+        "--report", type=Path, metavar="DIR", help="with --gpu: gpu-check.md and .json go here"
+    )
     parser.add_argument("--json", action="store_true", help="one JSON document on stdout")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="as for train")
     parser.set_defaults(run=run)
@@ -32,6 +43,10 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Check everything on rank 0, the ranks' connection on all."""
+    if arguments.gpu:
+        return _check_gpu(arguments)
+    if arguments.rehearse or arguments.report:
+        raise ValueError("--rehearse and --report belong to doctor --gpu")
     from ultramem_ds.doctor import machine, software
     from ultramem_ds.doctor.finding import describe, must_fix, to_json
     from ultramem_ds.doctor.inputs import Wanted, check_inputs
@@ -46,7 +61,7 @@ def run(arguments: argparse.Namespace) -> int:
         data=arguments.data,
         run_dir=arguments.run_dir,
         deepspeed=arguments.deepspeed,
-        world_size=environment.world_size(),
+        world_size=environment.adopt().size,
     )
     with joined() as ranks:
         of_ranks = list(check_ranks(ranks))
@@ -67,3 +82,19 @@ def run(arguments: argparse.Namespace) -> int:
     ]
     print(json.dumps(to_json(findings), indent=2) if arguments.json else describe(findings))
     return int(must_fix(findings))
+
+
+def _check_gpu(arguments: argparse.Namespace) -> int:
+    """Run the GPU's steps, a line each; 1 if one failed."""
+    from ultramem_ds.doctor.gpu import run_steps, write_report
+
+    outcomes = []
+    for outcome in run_steps(arguments.rehearse):
+        outcomes.append(outcome)
+        if not arguments.json:
+            print(outcome.line(), flush=True)
+    if arguments.json:
+        print(json.dumps([vars(outcome) for outcome in outcomes], indent=1))
+    if arguments.report:
+        write_report(outcomes, arguments.report)
+    return int(any(outcome.status == "FAIL" for outcome in outcomes))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 from dataclasses import asdict
 from pathlib import Path
 
@@ -86,6 +85,7 @@ def _evaluate_data(arguments: argparse.Namespace) -> int:
     from ultramem_ds.infer.place import place
     from ultramem_ds.infer.source import open_source
     from ultramem_ds.train.evaluate import Reader, evaluate
+    from ultramem_ds.utils.files import to_json
 
     if arguments.batch_size < 1 or arguments.max_sequences < 0:
         raise ValueError("--batch-size must be positive and --max-sequences not negative")
@@ -116,7 +116,7 @@ def _evaluate_data(arguments: argparse.Namespace) -> int:
         return 0
     if arguments.json:
         results = {n: {**asdict(r), "perplexity": r.perplexity} for n, r in losses.items()}
-        print(json.dumps(results, indent=2))
+        print(to_json(results, indent=2))
         return 0
     print(f"{Boundaries.of(source.config.data).describe()}, as in training")
     print(f"{'subset':<24}{'loss':>10}{'perplexity':>14}{'bits/byte':>12}{'tokens':>14}")

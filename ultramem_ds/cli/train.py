@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from ultramem_ds.utils.console import LibraryOutput
 
 
 def add_parser(subparsers: argparse._SubParsersAction) -> None:
@@ -31,6 +35,18 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
         help="DeepSpeed JSON; without it the preset's own of ds_configs/",
     )
     parser.add_argument(
+        "--extend",
+        action="store_true",
+        help="go on from the latest checkpoint under changed settings: train.max_steps, optim.*, "
+        "train.rollback, other data and more (docs/training.md); noted in config.json",
+    )
+    parser.add_argument(
+        "--init-from",
+        type=Path,
+        metavar="PATH",
+        help="start a new run from the weights of a run: fresh optimizer and schedule",
+    )
+    parser.add_argument(
         "--skip-samples",
         action="append",
         default=[],
@@ -52,6 +68,11 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
         help="with --dry-run: as if on P ranks; otherwise the launcher decides",
     )
     parser.add_argument(
+        "--verbose",
+        action="store_true",
+        help="show what DeepSpeed and PyTorch print, instead of writing it to RUN/logs/",
+    )
+    parser.add_argument(
         "overrides",
         nargs="*",
         metavar="section.key=value",
@@ -62,6 +83,13 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Check the run, then train."""
+    from ultramem_ds.utils.console import libraries_apart
+
+    with libraries_apart(arguments.verbose) as libraries:
+        return _run(arguments, libraries)
+
+
+def _run(arguments: argparse.Namespace, libraries: LibraryOutput | None) -> int:
     from ultramem_ds.config.load import load_config
     from ultramem_ds.data.skips import parse_range
     from ultramem_ds.harness.extra import require_lm_eval
@@ -70,7 +98,10 @@ def run(arguments: argparse.Namespace) -> int:
     from ultramem_ds.train.run import prepare_run
     from ultramem_ds.utils import environment
 
-    rank, world_size = environment.rank(), environment.world_size()
+    if libraries is not None:
+        libraries.speak()
+    world = environment.adopt()
+    world_size = world.size
     if "world_size" in arguments:
         if not arguments.dry_run:
             raise ValueError(
@@ -88,9 +119,11 @@ def run(arguments: argparse.Namespace) -> int:
         arguments.deepspeed,
         world_size,
         [parse_range(text) for text in arguments.skip_samples],
+        extend=arguments.extend,
+        init_from=arguments.init_from,
     )
     if arguments.dry_run:
-        if rank == 0:
+        if world.rank == 0:
             print(describe(dry_run(checked)))
         return 0
     make_judge = None
@@ -99,5 +132,5 @@ def run(arguments: argparse.Namespace) -> int:
         from ultramem_ds.harness.in_loop import LoopJudge
 
         make_judge = LoopJudge
-    train(checked, make_judge)
+    train(checked, libraries, make_judge)
     return 0

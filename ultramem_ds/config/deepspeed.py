@@ -13,7 +13,7 @@ from typing import Any
 
 from ultramem_ds.config.schema import Config, Kind
 
-CONFIG_DIR = Path(__file__).resolve().parents[2] / "ds_configs"
+CONFIG_DIR = Path(__file__).resolve().parents[1] / "ds_configs"
 
 _DEFAULT_FILE: dict[Kind, str] = {
     "dense": "dense_zero1.json",
@@ -47,7 +47,7 @@ def load_deepspeed_json(path: Path | None, kind: Kind) -> dict[str, Any]:
     Raises:
         ValueError: if it is missing or not a JSON object.
     """
-    path = path or default_file(kind)
+    path = _find(path) if path is not None else default_file(kind)
     try:
         values = json.loads(path.read_text())
     except FileNotFoundError:
@@ -63,6 +63,13 @@ def load_deepspeed_json(path: Path | None, kind: Kind) -> dict[str, Any]:
     if stage not in (0, 1, 2, 3):
         raise ValueError(f"--deepspeed {path}: zero_optimization.stage={stage!r} must be 1, 2 or 3")
     return values
+
+
+def _find(path: Path) -> Path:
+    """``path``, or, from any directory, the file of that name that comes with this package."""
+    own = CONFIG_DIR / path.name
+    named = str(path.parent) in (".", CONFIG_DIR.name)
+    return own if named and not path.exists() and own.exists() else path
 
 
 def default_file(kind: Kind) -> Path:
@@ -125,6 +132,7 @@ def engine_config(values: dict[str, Any], config: Config, batches: BatchPlan) ->
                 "train.precision: remove the key"
             )
     bf16 = config.train.precision == "bf16"
+    _refuse_contradictions(values, config)
     return {
         "steps_per_print": 10**9,
         "zero_allow_untested_optimizer": True,
@@ -135,3 +143,31 @@ def engine_config(values: dict[str, Any], config: Config, batches: BatchPlan) ->
         "bf16": {**values.get("bf16", {}), "enabled": bf16},
         "data_types": {**values.get("data_types", {}), "grad_accum_dtype": "fp32"},
     }
+
+
+def _refuse_contradictions(values: dict[str, Any], config: Config) -> None:
+    """What a run decides itself may stand in the file too, but not as something else.
+
+    Raises:
+        ValueError: it does; names the key of the run to set.
+    """
+    bf16 = config.train.precision == "bf16"
+    precision = f"train.precision={config.train.precision}"
+    decided: tuple[tuple[str, str, Any, str], ...] = (
+        (
+            "",
+            "gradient_clipping",
+            config.optim.clip_grad,
+            f"optim.clip_grad={config.optim.clip_grad}",
+        ),
+        ("bf16", "enabled", bf16, precision),
+        ("data_types", "grad_accum_dtype", "fp32", "gradients accumulated in fp32"),
+    )
+    for section, key, ours, setting in decided:
+        found = (values.get(section, {}) if section else values).get(key)
+        if found not in ("auto", None, ours):
+            name = f"{section}.{key}" if section else key
+            raise ValueError(
+                f"the DeepSpeed JSON sets {name}={json.dumps(found)} but the run has {setting}; "
+                f"remove the key{'' if section == 'data_types' else ' and set that of the run'}"
+            )

@@ -66,7 +66,7 @@ def load_config(name: str, overrides: Iterable[str] = ()) -> Config:
 
 
 def load_run_config(path: Path) -> Config:
-    """Read a run directory's ``config.json``.
+    """Read a run directory's ``config.json``; the history of its changes is left out.
 
     Raises:
         ValueError: if the file is missing, is not JSON or does not fit the schema.
@@ -79,6 +79,7 @@ def load_run_config(path: Path) -> Config:
         raise ValueError(f"{path} is not valid JSON: {error}") from None
     if not isinstance(values, dict):
         raise ValueError(f"{path} does not hold a JSON object")
+    values.pop("history", None)
     try:
         return from_dict(values)
     except ValueError as error:

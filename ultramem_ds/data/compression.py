@@ -99,7 +99,7 @@ def _zstd_member(max_window_bytes: int) -> Any:
     try:
         from compression import zstd  # from Python 3.14 on
     except ImportError:
-        from backports import zstd
+        import backports.zstd as zstd
     limit = zstd.DecompressionParameter.window_log_max
     return zstd.ZstdDecompressor(options={limit: max_window_bytes.bit_length() - 1})
 

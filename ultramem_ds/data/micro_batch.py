@@ -22,7 +22,7 @@ class MicroBatch:
 
     tokens: Tensor  # (b, S+1) int64; inputs are [:, :-1], targets [:, 1:]
     sample_ids: tuple[int, ...]  # global samples, b of them
-    doc_starts: Tensor | None = None  # (b, S) int64, where each position's document starts
+    doc_ids: Tensor | None = None  # (b, S) int64, equal where positions share a document
     positions: Tensor | None = None  # (b, S) int64, counted from the document's start
     loss_mask: Tensor | None = None  # (b, S) bool, targets that count; None: all do
 
@@ -38,7 +38,7 @@ class MicroBatch:
     @property
     def model_inputs(self) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
         """The arguments of ``LanguageModel.forward``."""
-        return self.tokens, self.doc_starts, self.positions, self.loss_mask
+        return self.tokens, self.doc_ids, self.positions, self.loss_mask
 
     @property
     def num_targets(self) -> int:
@@ -87,13 +87,13 @@ class Boundaries:
             mask_bS: (b, S) 1 for targets that count; None where all do.
         """
         tokens = torch.from_numpy(ids_bS1.astype(np.int64))
-        doc_starts = positions = None
+        doc_ids = positions = None
         if starts_bS is not None and self.needed:
             starts = torch.from_numpy(starts_bS.astype(np.int64))
-            doc_starts = starts if self.document_mask else None
+            doc_ids = starts if self.document_mask else None
             positions = torch.arange(starts.shape[1]) - starts if self.reset_positions else None
         mask = None if mask_bS is None else torch.from_numpy(mask_bS).bool()
-        return MicroBatch(tokens, sample_ids, doc_starts, positions, mask)
+        return MicroBatch(tokens, sample_ids, doc_ids, positions, mask)
 
 
 NO_BOUNDARIES = Boundaries()

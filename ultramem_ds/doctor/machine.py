@@ -15,7 +15,7 @@ import psutil
 
 from ultramem_ds.doctor.finding import Finding
 from ultramem_ds.train.dry_run import existing_parent
-from ultramem_ds.utils.environment import world_size
+from ultramem_ds.utils.environment import world_of
 
 SHM = Path("/dev/shm")
 SEGMENTS = "deepspeed_allreduce_buffer_*"
@@ -86,7 +86,7 @@ def _mapped_files(directory: Path) -> set[str]:
 def check_names() -> Iterator[Finding]:
     """Whether this host finds itself and, in a launched job, its master."""
     names = [socket.gethostname()]
-    if world_size() > 1 and os.environ.get("MASTER_ADDR", names[0]) != names[0]:
+    if world_of(os.environ).size > 1 and os.environ.get("MASTER_ADDR", names[0]) != names[0]:
         names.append(os.environ["MASTER_ADDR"])
     for name in names:
         try:

@@ -20,6 +20,7 @@ from ultramem_ds.checkpoint.directory import LATEST, TRAINER, TrainerState, chec
 from ultramem_ds.checkpoint.parameters import parameter_records
 from ultramem_ds.checkpoint.record import ParameterRecord, Store, write_layout, write_rank_layout
 from ultramem_ds.checkpoint.state import KINDS, MASTER
+from ultramem_ds.checkpoint.weights import WeightSource
 from ultramem_ds.config.load import to_dict
 from ultramem_ds.config.schema import Config
 from ultramem_ds.data.tokenizers import (
@@ -33,7 +34,7 @@ from ultramem_ds.exchange.directory import CONFIG, RUN, new_directory
 from ultramem_ds.exchange.released import CONFIG as RELEASED
 from ultramem_ds.exchange.released import open_released
 from ultramem_ds.exchange.shards import ShardReader
-from ultramem_ds.exchange.weights import ExportedWeights, Weights
+from ultramem_ds.exchange.weights import ExportedWeights
 from ultramem_ds.sharding.blocks import Block, Piece
 from ultramem_ds.utils.files import read_json, write_json, write_text
 
@@ -46,7 +47,7 @@ class Source:
     """A model that can be read."""
 
     config: Config
-    weights: Weights
+    weights: WeightSource
     tokenizer: Tokenizer | None
 
 
@@ -88,12 +89,18 @@ def open_source(source: Path) -> Source:
     return Source(config, weights, load_tokenizer(source) if present else None)
 
 
-def open_exported(source: Path) -> Source:
+def open_exported(source: Path, option: str = "--input") -> Source:
     """Check an exported directory against itself, reading no weights.
+
+    Args:
+        source: the directory.
+        option: how it was given, for messages.
 
     Raises:
         ValueError: for the first thing that does not fit.
     """
+    if not source.is_dir():
+        raise ValueError(f"{option} {source}: no such directory")
     if not (source / CONFIG).is_file():
         raise ValueError(f"{source} has no {CONFIG}: it is no exported model")
     values = read_json(source / CONFIG)
@@ -171,7 +178,7 @@ def pieces_of(records: dict[str, ParameterRecord], rank: int, world_size: int) -
     return pieces
 
 
-def _write_masters(path: Path, pieces: list[Piece], weights: Weights) -> None:
+def _write_masters(path: Path, pieces: list[Piece], weights: WeightSource) -> None:
     """One rank's file; masters pass through scratch files, so that memory stays bounded."""
     with tempfile.TemporaryDirectory(dir=path.parent, prefix=".tmp-") as scratch:
         masters = []
@@ -195,7 +202,7 @@ def _chunks(block: Block, out_RC: Tensor) -> Iterator[tuple[Block, Tensor]]:
         yield Block(block.first_row + first, len(out), 0, block.num_columns), out
 
 
-def _model_states(weights: Weights) -> dict[str, Any]:
+def _model_states(weights: WeightSource) -> dict[str, Any]:
     """What DeepSpeed's model file would say of a model that has not been trained yet."""
     buffers = weights.buffers()
     counters = dict.fromkeys(("global_steps", "global_samples", "skipped_steps"), 0)

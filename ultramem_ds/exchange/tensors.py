@@ -12,7 +12,7 @@ from ultramem_ds.checkpoint.reader import CheckpointReader
 from ultramem_ds.checkpoint.state import MASTER
 from ultramem_ds.config.schema import Config
 from ultramem_ds.model.memory.expansion import round_tables, shuffle_seed
-from ultramem_ds.model.memory.tucker import leading_singular_vectors
+from ultramem_ds.model.memory.scores import leading_singular_vectors
 from ultramem_ds.sharding.blocks import Block
 from ultramem_ds.utils.safetensors_file import StreamedTensor
 

@@ -1,10 +1,10 @@
-"""Where an imported model's weights come from: by our names, block by block."""
+"""The weights of an exported directory, by our names, block by block: a ``WeightSource``."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,18 +17,6 @@ from ultramem_ds.model.memory.expansion import round_tables, shuffle_seed
 from ultramem_ds.sharding.blocks import Block
 
 # R rows and C columns of a block.
-
-
-class Weights(Protocol):
-    """A model's weights, wherever they are."""
-
-    def read(self, name: str, block: Block, out_RC: Tensor) -> None:
-        """Copy a block of one of the one-process model's parameters."""
-        ...
-
-    def buffers(self) -> dict[str, Tensor]:
-        """The one-process model's persistent buffers."""
-        ...
 
 
 class ExportedWeights:
@@ -121,11 +109,11 @@ class ExportedWeights:
         return buffers
 
     def buffers(self) -> dict[str, Tensor]:
-        """See :class:`Weights`."""
+        """See :class:`WeightSource`."""
         return self._buffers
 
     def read(self, name: str, block: Block, out_RC: Tensor) -> None:
-        """See :class:`Weights`."""
+        """See :class:`WeightSource`."""
         stored = self._parts[name]
         if not self._records[name].is_table:
             self._read_flat(stored[0], block, out_RC)

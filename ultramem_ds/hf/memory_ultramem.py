@@ -21,14 +21,12 @@ from torch import Tensor, nn
 from transformers.cache_utils import Cache
 
 from ultramem_ds.hf.configuration_ultramem import UltraMemConfig
+from ultramem_ds.kernels.pairs import best_pairs, top_candidates
 from ultramem_ds.model.init import gaussian_top_mean
 from ultramem_ds.model.memory.expansion import round_tables, shuffle_seed
 from ultramem_ds.model.memory.keys import Fingerprint
-from ultramem_ds.model.memory.losses import tucker_aux_loss
-from ultramem_ds.model.memory.pkm import ProductKeyForm
 from ultramem_ds.model.memory.query import LAYOUTS
-from ultramem_ds.model.memory.retrieval import best_pairs, top_candidates
-from ultramem_ds.model.memory.tucker import TuckerForm, leading_singular_vectors
+from ultramem_ds.model.memory.scores import ScoreForm, leading_singular_vectors, tucker_aux_loss
 
 
 def make_norm(norm_type: str, width: int, eps: float) -> nn.Module:
@@ -62,13 +60,13 @@ class UltraMemConv(nn.Module):
         self.weight = nn.Parameter(torch.empty(config.memory_query_conv, config.hidden_size))
 
     def forward(
-        self, x_BSD: Tensor, doc_starts_BS: Tensor | None, past_key_values: Cache | None
+        self, x_BSD: Tensor, doc_boundaries_BS: Tensor | None, past_key_values: Cache | None
     ) -> Tensor:
         """Convolve; padding must be zeros already.
 
         Args:
             x_BSD: inputs.
-            doc_starts_BS: True at the first token of a packed document; taps do not cross it.
+            doc_boundaries_BS: True at the first token of a packed document; taps do not cross it.
             past_key_values: holds the inputs before these, gets these.
         """
         seq_len = x_BSD.shape[1]
@@ -82,8 +80,8 @@ class UltraMemConv(nn.Module):
         context_BCD = F.pad(context_BDC, (missing, 0)).transpose(1, 2)
         out_BSD = x_BSD * self.weight[self.reach]
         document = None
-        if doc_starts_BS is not None:
-            document = F.pad(doc_starts_BS.cumsum(1), (self.reach, 0))
+        if doc_boundaries_BS is not None:
+            document = F.pad(doc_boundaries_BS.cumsum(1), (self.reach, 0))
         for tap in range(self.reach):
             past_BSD = context_BCD[:, tap : tap + seq_len]
             if document is not None:
@@ -115,11 +113,11 @@ class UltraMemQuery(nn.Module):
                 self.norm.init_value = gain
 
     def forward(
-        self, x_BSD: Tensor, doc_starts_BS: Tensor | None, past_key_values: Cache | None
+        self, x_BSD: Tensor, doc_boundaries_BS: Tensor | None, past_key_values: Cache | None
     ) -> Tensor:
         """Queries (T, 2, d), (T, H, 2, d) or (T, H, r, d) by layout."""
         if self.conv is not None:
-            x_BSD = self.conv(x_BSD, doc_starts_BS, past_key_values)
+            x_BSD = self.conv(x_BSD, doc_boundaries_BS, past_key_values)
         return self.norm(self.proj(x_BSD).view(-1, *self.group_sizes, self.kdim))
 
 
@@ -197,14 +195,14 @@ class UltraMemCore(nn.Module):
     def _cores(self) -> Tensor:
         return self.core.to(torch.promote_types(self.core.dtype, torch.float32))
 
-    def forward(self) -> TuckerForm:
+    def forward(self) -> ScoreForm:
         """Bind the present cores."""
         core_hHrr = self._cores()
         aux_loss: Tensor | float = 0.0
         if self.training:
             self.refresh()
-            aux_loss = tucker_aux_loss(core_hHrr.sum(0), self.margin)
-        return TuckerForm(core_hHrr, self.directions.to(core_hHrr.dtype), aux_loss)
+            aux_loss = tucker_aux_loss(torch.linalg.svdvals(core_hHrr.sum(0)), self.margin)
+        return ScoreForm(core_hHrr, self.directions.to(core_hHrr.dtype), aux_loss=aux_loss)
 
 
 class UltraMemRetrieval(nn.Module):
@@ -223,21 +221,23 @@ class UltraMemRetrieval(nn.Module):
         self.softmax = config.memory_softmax
 
     def forward(
-        self, x_BSD: Tensor, doc_starts_BS: Tensor | None, past_key_values: Cache | None
+        self, x_BSD: Tensor, doc_boundaries_BS: Tensor | None, past_key_values: Cache | None
     ) -> tuple[Tensor, Tensor, Tensor | float]:
         """Slots (T, K) int64, scores (T, K, h) in fp32 at least, and eq. 12 before alpha."""
-        queries = self.query(x_BSD, doc_starts_BS, past_key_values)
+        queries = self.query(x_BSD, doc_boundaries_BS, past_key_values)
         keys_2Hnrd = self.keys()
         if self.form is not None:
-            form: TuckerForm | ProductKeyForm = self.form()
+            form: ScoreForm = self.form()
         else:
-            form = ProductKeyForm(keys_2Hnrd.new_ones(2, self.num_heads, 1))
+            form = ScoreForm(None, keys_2Hnrd.new_ones(2, self.num_heads, 1))
         scores_2THnr = torch.einsum(self.product, queries.to(keys_2Hnrd.dtype), keys_2Hnrd)
         with torch.no_grad():
             ranked_2THn = (scores_2THnr * form.directions_2Hr[:, None, :, None, :]).sum(-1)
             candidates_2THc = top_candidates(ranked_2THn, self.top_m, self.candidates)
         index = candidates_2THc[..., None].expand(*candidates_2THc.shape, scores_2THnr.shape[-1])
-        picks_2THm, scores_THmh = best_pairs(form, scores_2THnr.gather(-2, index), self.top_m)
+        picks_2THm, scores_THmh = best_pairs(
+            form.core_hHrr, scores_2THnr.gather(-2, index), self.top_m
+        )
         rows_THm, cols_THm = candidates_2THc.gather(-1, picks_2THm).unbind(0)
         if self.softmax:
             scores_THmh = scores_THmh.softmax(dim=-2)
@@ -374,7 +374,7 @@ class UltraMemMemory(nn.Module):
         self,
         x_BSD: Tensor,
         padding_mask_BS: Tensor | None = None,
-        doc_starts_BS: Tensor | None = None,
+        doc_boundaries_BS: Tensor | None = None,
         past_key_values: Cache | None = None,
     ) -> tuple[Tensor, Tensor | float]:
         """The output (B, S, D) to add to the residual stream, and eq. 12 before alpha.
@@ -382,12 +382,12 @@ class UltraMemMemory(nn.Module):
         Args:
             x_BSD: input of a block's MLP, after its norm.
             padding_mask_BS: zero where a position is padding.
-            doc_starts_BS: True at the first token of a packed document.
+            doc_boundaries_BS: True at the first token of a packed document.
             past_key_values: holds the convolution's state.
         """
         if padding_mask_BS is not None:
             x_BSD = x_BSD * padding_mask_BS[..., None].to(x_BSD.dtype)
-        slots_TK, scores_TKh, aux_loss = self.retrieval(x_BSD, doc_starts_BS, past_key_values)
+        slots_TK, scores_TKh, aux_loss = self.retrieval(x_BSD, doc_boundaries_BS, past_key_values)
         if self.shuffle is not None:
             slots_TK = self.shuffle(slots_TK)
         pooled_TEV = self.values(slots_TK % self.num_rows, slots_TK // self.num_rows, scores_TKh)

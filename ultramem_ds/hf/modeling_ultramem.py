@@ -239,13 +239,13 @@ class UltraMemModel(UltraMemPreTrainedModel):
             use_cache, past_key_values = False, None
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=config)
-        doc_starts_BS = None
+        doc_boundaries_BS = None
         if position_ids is None:
             seen = past_key_values.get_seq_length() if past_key_values is not None else 0
             position_ids = torch.arange(x_BSD.shape[1], device=x_BSD.device)[None] + seen
         elif attention_mask is None and past_key_values is None:
             steps_BS = position_ids.diff(dim=-1, prepend=position_ids[:, :1])
-            doc_starts_BS = (steps_BS != 1).expand(x_BSD.shape[:2])
+            doc_boundaries_BS = (steps_BS != 1).expand(x_BSD.shape[:2])
         if isinstance(attention_mask, dict):
             masks = attention_mask
         else:
@@ -264,7 +264,7 @@ class UltraMemModel(UltraMemPreTrainedModel):
                 aux_loss = aux_loss + config.router_aux_loss_coef * balance_loss.to(aux_loss.device)
             for j in self.starts[i]:
                 pending[j], memory_loss = self.memories[j](
-                    mlp_input_BSD, masks.get("linear_attention"), doc_starts_BS, past_key_values
+                    mlp_input_BSD, masks.get("linear_attention"), doc_boundaries_BS, past_key_values
                 )
                 aux_loss = aux_loss + config.memory_aux_loss_weight * memory_loss
             for j in self.finishes[i]:

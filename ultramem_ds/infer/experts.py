@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ultramem_ds.infer.weights import GroupedWeights, Packer, StackedWeights
+from ultramem_ds.infer.weights import Packer
 from ultramem_ds.model.moe import MixtureOfExperts
 from ultramem_ds.model.transformer import FeedForward, MLPOutput
 
@@ -35,8 +35,8 @@ class GroupedExperts(nn.Module):
         self.top_k = source.top_k
         self.route: Router = source.route
         self.gate = source.gate
-        self.up = _grouped([expert.up_proj for expert in experts], packer)
-        self.down = _grouped([expert.down_proj for expert in experts], packer)
+        self.up = packer([expert.up_proj for expert in experts])
+        self.down = packer([expert.down_proj for expert in experts])
         source.experts = nn.ModuleList()
 
     def forward(self, x_BSD: Tensor) -> MLPOutput:
@@ -53,7 +53,3 @@ class GroupedExperts(nn.Module):
         weighted_MD = out_MD * weights_Tk.flatten()[order_M].unsqueeze(-1)
         y_TD = torch.zeros_like(x_TD, dtype=torch.float32).index_add(0, tokens_M, weighted_MD)
         return MLPOutput(y_TD.to(x_BSD.dtype).view_as(x_BSD), balance_loss, counts_X)
-
-
-def _grouped(linears: list[nn.Linear], packer: Packer) -> GroupedWeights:
-    return packer(linears) or StackedWeights(linears)

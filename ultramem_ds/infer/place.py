@@ -7,7 +7,6 @@ experts, so that a model that no device could hold is evaluated; every forward i
 from __future__ import annotations
 
 import contextlib
-import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal, TypeAlias
@@ -19,6 +18,7 @@ from ultramem_ds.infer.peers import ALONE, Peers
 from ultramem_ds.infer.source import Source
 from ultramem_ds.model.lm import LanguageModel
 from ultramem_ds.sharding.comm import Comm
+from ultramem_ds.utils.environment import adopt
 from ultramem_ds.zero.runtime import runtime
 
 Precision: TypeAlias = Literal["auto", "fp32", "bf16"]
@@ -73,7 +73,7 @@ def resolve_dtype(precision: Precision, device: torch.device) -> torch.dtype:
 @contextlib.contextmanager
 def place() -> Iterator[Place]:
     """Join the ranks that a launcher has started, if it has."""
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+    if adopt().size == 1:
         yield Place(torch.device("cuda" if torch.cuda.is_available() else "cpu"), None)
         return
     with runtime() as ranks:

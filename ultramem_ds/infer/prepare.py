@@ -2,58 +2,60 @@
 
 from __future__ import annotations
 
-from torch import nn
+from torch import Tensor, nn
 
-from ultramem_ds.infer.attention import decode_attention
 from ultramem_ds.infer.experts import GroupedExperts
-from ultramem_ds.infer.search import PackedSelect
-from ultramem_ds.infer.weights import PackedLinear, Packer, pack_where_possible
-from ultramem_ds.kernels.native import native_library
-from ultramem_ds.kernels.packed import can_pack
+from ultramem_ds.infer.search import PackedSearch
+from ultramem_ds.infer.weights import GroupedWeights, PackedLinear, Packer
+from ultramem_ds.kernels import resolve
 from ultramem_ds.model.lm import LanguageModel
+from ultramem_ds.model.memory.layer import MemoryLayer
 from ultramem_ds.model.moe import MixtureOfExperts
-from ultramem_ds.model.transformer import Block
 from ultramem_ds.sharding.experts import ShardedExperts
 
 
 def prepare_for_decoding(
-    model: LanguageModel, packer: Packer = pack_where_possible
+    model: LanguageModel, packer: Packer = GroupedWeights.pack, like: Tensor | None = None
 ) -> LanguageModel:
     """Replace, in place, what training wants by what decoding wants; returns the model.
 
-    Mixtures of experts get grouped products, which read the chosen experts only. On a CPU in fp32,
-    linear maps and experts get packed weights, and the memory selects in one native call
-    (``kernels.packed``).
+    Mixtures of experts get grouped products, which read the chosen experts only. Where the device's
+    kernel gains by it (``Kernel.packs``: fp32 on a CPU), linear maps and the memory's search keys
+    are packed too.
 
     Args:
         model: whose training ends here: its linear maps are emptied as they are taken over.
         packer: what becomes of linear maps.
+        like: a weight as the model will have them, for a model that has no memory yet.
     """
+    like = model.embedding.weight if like is None else like
     model.requires_grad_(False).eval()
     for module in list(model.modules()):
         for name, child in list(module.named_children()):
             if isinstance(child, MixtureOfExperts):
                 setattr(module, name, GroupedExperts(child, packer))
-    for module in list(model.modules()):
+    if gains_by_packing(like):
+        pack_linears(model, packer)
+        for memory in model.memory_layers:
+            search_packed_keys(memory)
+    return model
+
+
+def gains_by_packing(weight: Tensor) -> bool:
+    """Whether products of few rows with weights like this one are faster packed."""
+    return resolve("auto", weight.device).packs(weight)
+
+
+def pack_linears(root: nn.Module, packer: Packer = GroupedWeights.pack) -> None:
+    """Exchange the linear maps below ``root`` for what ``packer`` makes of them."""
+    for module in list(root.modules()):
         if isinstance(module, GroupedExperts | ShardedExperts):
             continue  # the gate's weight is read as it is, in fp32
         for name, child in list(module.named_children()):
             if isinstance(child, nn.Linear):
-                weights = packer([child])
-                if weights is not None:
-                    setattr(module, name, PackedLinear(weights))
-    install_native_calls(model)
-    return model
+                setattr(module, name, PackedLinear(packer([child])))
 
 
-def install_native_calls(model: LanguageModel) -> None:
-    """Attend to the cache, and select in memory layers, in native calls where that is possible."""
-    for block in model.blocks:
-        assert isinstance(block, Block)
-        if can_pack(model.embedding.weight):
-            block.attention.attend = decode_attention
-    one_sided = model.config.memory.candidates == "one-sided"
-    for memory in model.memory_layers:
-        keys = memory.retrieval.keys.weight
-        if one_sided and can_pack(keys) and native_library(keys) is not None:
-            memory.retrieval.select = PackedSelect(model.config.memory)
+def search_packed_keys(layer: MemoryLayer) -> None:
+    """Let a memory layer search packed keys."""
+    layer.retrieval.product = PackedSearch(layer.retrieval.layout)

@@ -1,4 +1,4 @@
-"""The memory's selection for decoding: search on packed keys, the rest in one native call.
+"""The memory's search for decoding: candidate scores from packed keys.
 
 Letters: T tokens, H heads, n keys per side, d kdim. A leading 2 is the side.
 """
@@ -8,17 +8,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ultramem_ds.config.schema import MemoryConfig
-from ultramem_ds.kernels.native import native_library
-from ultramem_ds.kernels.packed import grouped_linear, pack_into, packed_shape
-from ultramem_ds.kernels.select import select_slots
-from ultramem_ds.model.memory.forms import ScoreForm
-from ultramem_ds.model.memory.query import LAYOUTS, query_groups
-from ultramem_ds.model.memory.tucker import TuckerForm
+from ultramem_ds.kernels import resolve
 
 
 class PackedSearch:
-    """Candidate scores of ``Retrieval``; packs the search keys once per update of the weights.
+    """``Retrieval.search_product`` on search keys that are packed once per update of the weights.
 
     The keys' own cache (``model/memory/keys``) makes a new tensor whenever a weight has changed,
     which is how this one notices.
@@ -47,8 +41,8 @@ class PackedSearch:
         else:  # (T, H, 2, d)
             x = queries.permute(2, 1, 0, 3)
         num_groups, num_outputs = self._groups(search)
-        ends_X = torch.arange(1, num_groups + 1) * num_tokens
-        scores = grouped_linear(
+        ends_X = torch.arange(1, num_groups + 1, device=search.device) * num_tokens
+        scores = resolve("auto", search.device).grouped_linear(
             x.reshape(num_groups * num_tokens, -1), self._packed, ends_X, num_outputs
         )
         if self._shared:
@@ -63,38 +57,9 @@ class PackedSearch:
     def _pack(self, search: Tensor) -> None:
         num_groups, num_outputs = self._groups(search)
         weights = search.reshape(num_groups, num_outputs, -1)
-        packed = weights.new_empty(num_groups, *packed_shape(*weights.shape[1:]))
+        kernel = resolve("auto", search.device)
+        shape = kernel.packed_shape(*weights.shape[1:], dtype=weights.dtype)
+        packed = weights.new_empty(num_groups, *shape)
         for slot, weight in zip(packed, weights):
-            pack_into(slot, weight)
+            kernel.pack_into(slot, weight)
         self._packed, self._source = packed, search
-
-
-class PackedSelect:
-    """``Retrieval.two_stage_select`` without gradients, for fp32 on a CPU.
-
-    Args:
-        memory: one-sided candidates.
-    """
-
-    def __init__(self, memory: MemoryConfig) -> None:
-        assert memory.candidates == "one-sided"
-        layout = LAYOUTS[memory.query]
-        self.top_m = memory.top_m
-        self.product = PackedSearch(layout)
-        self.groups_2Hr = query_groups(layout, memory.num_heads, memory.tucker_rank)
-
-    def __call__(
-        self, form: ScoreForm, queries: Tensor, keys_2Hnrd: Tensor, search: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        """See ``model.memory.retrieval.Select``."""
-        library = native_library(queries)
-        assert library is not None
-        return select_slots(
-            library,
-            lambda tokens: self.product(queries[tokens], search),
-            queries.flatten(1, -2),
-            self.groups_2Hr,
-            keys_2Hnrd,
-            form.core_hHrr if isinstance(form, TuckerForm) else None,
-            self.top_m,
-        )

@@ -7,8 +7,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from torch import Tensor
-
 from ultramem_ds.checkpoint.directory import (
     find_checkpoint,
     read_trainer_state,
@@ -16,14 +14,11 @@ from ultramem_ds.checkpoint.directory import (
     step_of,
 )
 from ultramem_ds.checkpoint.parameters import parameter_records
-from ultramem_ds.checkpoint.reader import CheckpointReader
-from ultramem_ds.checkpoint.state import MASTER
+from ultramem_ds.checkpoint.weights import RunWeights, WeightSource
 from ultramem_ds.config.load import from_dict
 from ultramem_ds.config.schema import Config
 from ultramem_ds.exchange.directory import RUN
 from ultramem_ds.exchange.importing import open_exported
-from ultramem_ds.exchange.weights import Weights
-from ultramem_ds.sharding.blocks import Block
 from ultramem_ds.utils.files import read_json
 
 
@@ -43,29 +38,7 @@ class Source:
     config: Config
     step: int
     tokenizer_dir: Path
-    weights: Weights
-
-
-class CheckpointWeights:
-    """The master weights of a training checkpoint.
-
-    Raises:
-        ValueError: it does not hold the parameters of ``config``, or is damaged.
-    """
-
-    def __init__(self, checkpoint: Path, config: Config) -> None:
-        self._reader = CheckpointReader(checkpoint)
-        for name, record in parameter_records(config).items():
-            if self._reader.parameters.get(name) != record:
-                raise ValueError(f"{checkpoint} does not hold {name} of shape {record.shape}")
-
-    def read(self, name: str, block: Block, out_RC: Tensor) -> None:
-        """See ``exchange.weights.Weights``."""
-        self._reader.read(name, MASTER, block, out_RC)
-
-    def buffers(self) -> dict[str, Tensor]:
-        """See ``exchange.weights.Weights``."""
-        return self._reader.buffers()
+    weights: WeightSource
 
 
 def open_source(path: Path) -> Source:
@@ -81,7 +54,8 @@ def open_source(path: Path) -> Source:
     checkpoint = find_checkpoint(path)
     with naming_others(checkpoint):
         config = from_dict(read_trainer_state(checkpoint).config)
-        weights = CheckpointWeights(checkpoint, config)
+        weights = RunWeights(checkpoint)
+        weights.check_shapes(parameter_records(config))
     return Source(checkpoint, config, step_of(checkpoint), run_dir_of(checkpoint), weights)
 
 

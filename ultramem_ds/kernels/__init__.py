@@ -1,21 +1,6 @@
-"""Sparse lookup, weighting and pooling: ``lookup_reduce`` and ``bag_reduce`` (docs/kernels.md)."""
+"""Operators of the memory layer and of decoding, each in several kernels (docs/kernels.md)."""
 
-from ultramem_ds.kernels.base import RowGradients
-from ultramem_ds.kernels.ops import (
-    bag_reduce,
-    bag_reduce_backward_rows,
-    lookup_reduce,
-    lookup_reduce_backward_rows,
-    row_adam_,
-)
-from ultramem_ds.kernels.registry import describe
+from ultramem_ds.kernels.ops import bag_reduce, lookup_reduce, row_adam_
+from ultramem_ds.kernels.registry import describe, resolve
 
-__all__ = [
-    "RowGradients",
-    "bag_reduce",
-    "bag_reduce_backward_rows",
-    "describe",
-    "lookup_reduce",
-    "lookup_reduce_backward_rows",
-    "row_adam_",
-]
+__all__ = ["bag_reduce", "describe", "lookup_reduce", "resolve", "row_adam_"]

@@ -1,4 +1,4 @@
-"""What every implementation of the lookup offers, and the two layouts its entries come in.
+"""What every kernel offers, and the two layouts in which a lookup's entries come.
 
 An *entry* is one looked-up row with its h scores. Entries are summed into *bags*: a bag is one
 (token, projector) of the rectangular layout, or one CSR segment of the ragged layout.
@@ -6,39 +6,34 @@ An *entry* is one looked-up row with its h scores. Entries are summed into *bags
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from collections.abc import Callable
+from typing import NamedTuple, Protocol, TypeAlias
 
 import torch
 from torch import Tensor
 
+from ultramem_ds.config.memory import Candidates
 from ultramem_ds.kernels.row_adam import AdamStep
 
 # T tokens, K entries per token, M entries in all (T * K when rectangular), E projectors, B bags,
 # B1 = B + 1, R rows of the table on this rank, V value width, h cores, U distinct rows touched.
+# H heads, n keys per side, r Tucker rank, m top-m, G queries of a token, d kdim; a leading 2 is the
+# side: rows, then columns.
 
-
-@dataclass(frozen=True)
-class RowGradients:
-    """The table's gradient, restricted to the rows that a backward touched.
-
-    Attributes:
-        rows_U: int64, distinct row ids in ascending order.
-        grad_UV: their gradients in the accumulation dtype (fp32, or fp64 for an fp64 table).
-        grad_scores: gradient of the scores, in the scores' shape, accumulation dtype.
-    """
-
-    rows_U: Tensor
-    grad_UV: Tensor
-    grad_scores: Tensor
+# A run of tokens -> their candidate scores (2, tokens, H, n).
+Search: TypeAlias = Callable[[slice], Tensor]
 
 
 class Kernel(Protocol):
-    """One implementation of lookup, weighting and pooling, with its backward.
+    """One implementation of every operator of a memory layer and of decoding.
 
-    Arguments have been checked by :mod:`ultramem_ds.kernels.ops`: ids are int64 and contiguous,
-    scores are in the accumulation dtype, ``values_RV`` and ``grad_BV`` are contiguous and of one
-    dtype. Results are in the dtype of ``values_RV``, gradients in the accumulation dtype.
+    ``plain.PlainKernel`` has all of them in torch operations, which are the oracle; others replace
+    some, or replace them for some dtypes.
+
+    For the lookups, arguments have been checked by :mod:`ultramem_ds.kernels.ops`: ids are int64
+    and contiguous, scores are in the accumulation dtype, ``values_RV`` and ``grad_BV`` are
+    contiguous and of one dtype. Results are in the dtype of ``values_RV``, gradients in the
+    accumulation dtype. ``causal_conv`` and ``select`` are differentiable.
     """
 
     name: str
@@ -60,6 +55,15 @@ class Kernel(Protocol):
         """Pool the ragged layout into ``(B, V)``."""
         ...
 
+    def entry_dots(
+        self, grad_BV: Tensor, values_RV: Tensor, rows_M: Tensor, bags_M: Tensor, num_cores: int
+    ) -> Tensor:
+        """Dot products of every entry's row with its bag's gradient, per core: ``(M, h)``.
+
+        They are the gradients of the scores, which do not depend on the scores.
+        """
+        ...
+
     def backward(
         self,
         grad_BV: Tensor,
@@ -67,15 +71,13 @@ class Kernel(Protocol):
         rows_M: Tensor,
         bags_M: Tensor,
         scores_Mh: Tensor,
-        grad_values_RV: Tensor | None,
+        grad_values_RV: Tensor,
     ) -> Tensor:
-        """Return ``grad_scores_Mh``; add the table's gradient to ``grad_values_RV`` if given."""
+        """Add the table's gradient to ``grad_values_RV``; return ``entry_dots``."""
         ...
 
-    def backward_rows(
-        self, grad_BV: Tensor, values_RV: Tensor, rows_M: Tensor, bags_M: Tensor, scores_Mh: Tensor
-    ) -> RowGradients:
-        """Return the gradients of the touched rows, and of the scores as ``(M, h)``."""
+    def add_rows_(self, target_RV: Tensor, rows_M: Tensor, values_MV: Tensor) -> None:
+        """``target[rows[m]] += values[m]``, the same bits each time; both of one dtype."""
         ...
 
     def row_adam_(
@@ -88,6 +90,102 @@ class Kernel(Protocol):
         step: AdamStep,
     ) -> None:
         """Update rows of the table and of its moments in place (AdamW)."""
+        ...
+
+    def causal_conv(
+        self,
+        x_BSD: Tensor,
+        weight_kD: Tensor,
+        doc_boundaries_BS: Tensor | None,
+        state_BCD: Tensor | None,
+    ) -> Tensor:
+        """Causal depthwise convolution over the sequence, ``(B, S, D)``.
+
+        Args:
+            x_BSD: inputs.
+            weight_kD: taps, the token's own last.
+            doc_boundaries_BS: True at the first token of a document; taps do not cross it.
+            state_BCD: the k - 1 inputs before ``x_BSD``; None: zeros.
+        """
+        ...
+
+    def select(
+        self,
+        search: Search,
+        queries_TGd: Tensor,
+        groups_2Hr: Tensor,
+        keys_2Hnrd: Tensor,
+        core_hHrr: Tensor | None,
+        top_m: int,
+        candidates: Candidates = "one-sided",
+        compile_pairs: bool = False,
+    ) -> tuple[Tensor, Tensor]:
+        """A memory layer's two-stage selection (``model.memory.retrieval``).
+
+        Args:
+            search: gives the candidate scores of a run of tokens; called without gradients.
+            queries_TGd: a token's distinct queries.
+            groups_2Hr: int64, which of them meets the keys of a side, head and rank.
+            keys_2Hnrd: all keys.
+            core_hHrr: Tucker cores, or None: a pair's score is the sum of its row's and column's.
+            top_m: m, at most n.
+            candidates: which ends of the candidate scores are taken.
+            compile_pairs: ``torch.compile`` what torch operations score and rank pairs.
+
+        Returns:
+            Slots ``(T, H, m)``, int64, and scores per core ``(T, H, m, h)``, fp32 at least, best
+            first, differentiable in queries, keys and cores.
+        """
+        ...
+
+    def shuffle(self, slots: Tensor, tables: Tensor) -> Tensor:
+        """Slots in [0, n * n) through a Feistel network of round functions ``(rounds, n)``."""
+        ...
+
+    def split(self, slots: Tensor, num_rows: int) -> tuple[Tensor, Tensor]:
+        """Rows ``slots % num_rows`` and projectors ``slots // num_rows`` of slots >= 0."""
+        ...
+
+    def packs(self, weight: Tensor) -> bool:
+        """Whether weights like this one gain by being laid out anew for few rows of inputs."""
+        ...
+
+    def packed_shape(
+        self, num_outputs: int, num_inputs: int, *, dtype: torch.dtype
+    ) -> tuple[int, ...]:
+        """Shape of what :meth:`pack_into` makes of an ``(N, K)`` weight."""
+        ...
+
+    def pack_into(self, packed: Tensor, weight_NK: Tensor) -> None:
+        """Lay a weight out for :meth:`grouped_linear`; ``packed`` is contiguous."""
+        ...
+
+    def grouped_linear(
+        self, x_MK: Tensor, packed_X: Tensor, ends_X: Tensor, num_outputs: int
+    ) -> Tensor:
+        """Multiply runs of rows with their group's weight, ``y = x W_g^T``: ``(M, N)``.
+
+        Args:
+            x_MK: rows, those of group g behind those of group g - 1.
+            packed_X: packed weights of all groups; those of groups without rows are not read.
+            ends_X: int64, row after the last one of each group; the last is M.
+            num_outputs: N.
+        """
+        ...
+
+    def attend(
+        self,
+        q_BASK: Tensor,
+        keys_BACK: Tensor,
+        values_BACK: Tensor,
+        mask_BSC: Tensor | None,
+        dropout: float,
+    ) -> Tensor:
+        """Scaled dot-product attention, ``(B, A, S, K)``.
+
+        Without a mask it is causal; one query alone sees every key. Queries may have a multiple of
+        the cached heads, of which each then serves a run of query heads (Ainslie et al., 2023).
+        """
         ...
 
 

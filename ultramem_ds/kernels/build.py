@@ -5,7 +5,8 @@ CPU), so that an upgrade or another CPU over a shared home directory builds anew
 is a kernel lock on an open file, released when its holder dies however it dies: a lock file left
 behind means nothing.
 
-``python -m ultramem_ds.kernels`` builds at install time.
+``python -m ultramem_ds.kernels`` builds at install time. ``ULTRAMEM_CXXFLAGS`` adds flags
+(``make native-sanitize``: AddressSanitizer and UBSan).
 """
 
 from __future__ import annotations
@@ -30,6 +31,11 @@ class BuildError(RuntimeError):
     """The extension cannot be built here; the message says why."""
 
 
+def compile_flags() -> list[str]:
+    """Return the compiler's flags, those of ``ULTRAMEM_CXXFLAGS`` last."""
+    return [*_COMPILE_FLAGS, *os.environ.get("ULTRAMEM_CXXFLAGS", "").split()]
+
+
 def cache_dir() -> Path:
     """Return the directory of built extensions, torch's own convention: TORCH_EXTENSIONS_DIR."""
     default = Path.home() / ".cache" / "torch_extensions"
@@ -39,7 +45,7 @@ def cache_dir() -> Path:
 def library_path() -> Path:
     """Return where the library for this machine lives, built or not."""
     sources = [path.read_text() for path in sorted(SOURCE_DIR.iterdir())]
-    parts = [*sources, *_COMPILE_FLAGS, torch.__version__, _cpu_identity()]
+    parts = [*sources, *compile_flags(), torch.__version__, _cpu_identity()]
     digest = hashlib.sha256("\0".join(parts).encode()).hexdigest()[:20]
     return cache_dir() / f"native-{digest}.so"
 
@@ -98,9 +104,9 @@ def _compile(compiler: str, path: Path) -> None:
         objects = []
         for source in sorted(SOURCE_DIR.glob("*.cpp")):
             objects.append(str(Path(work_dir, source.stem + ".o")))
-            _run([compiler, *_COMPILE_FLAGS, *include, "-c", str(source), "-o", objects[-1]])
+            _run([compiler, *compile_flags(), *include, "-c", str(source), "-o", objects[-1]])
         libraries = ["-L", str(torch_dir / "lib"), "-ltorch_cpu", "-lc10"]
-        _run([compiler, "-shared", *objects, *libraries, "-o", str(library)])
+        _run([compiler, *compile_flags(), "-shared", *objects, *libraries, "-o", str(library)])
         with library.open("rb") as built:
             os.fsync(built.fileno())
         library.rename(path)

@@ -1,55 +1,43 @@
-"""The native CPU kernel: ``csrc/lookup.cpp`` behind :class:`ultramem_ds.kernels.base.Kernel`.
+"""The native CPU kernel: ``csrc/`` behind :class:`ultramem_ds.kernels.base.Kernel`.
 
-Forward: one pass over the entries, rows prefetched ahead, no sorting, no intermediate. Backward:
-entries sorted by row once, then one pass in which each touched row's gradient is accumulated by
-one thread (no atomics, reproducible for any number of threads) while its dot products give the
-gradients of the scores.
+Lookup forward: one pass over the entries, rows prefetched ahead, no sorting, no intermediate.
+Backward: entries sorted by row once, then one pass in which each touched row's gradient is
+accumulated by one thread (no atomics, reproducible for any number of threads) while its dot
+products give the gradients of the scores.
+
+What surrounds the lookup, and the products and attention of decoding, are fp32 only: for other
+dtypes they are torch's, as in :class:`ultramem_ds.kernels.plain.PlainKernel`.
 """
 
 from __future__ import annotations
 
 import ctypes
-from ctypes import c_double, c_int32, c_int64, c_void_p
-from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from ultramem_ds.kernels.base import RowGradients, accumulation_dtype
-from ultramem_ds.kernels.hugepages import advise_huge_pages
+from ultramem_ds.config.memory import Candidates
+from ultramem_ds.kernels.base import Search
+from ultramem_ds.kernels.cpu_autograd import causal_conv, conv_forward, select
+from ultramem_ds.kernels.native import address, dtype_code
+from ultramem_ds.kernels.plain import PlainKernel
 from ultramem_ds.kernels.row_adam import AdamStep
 
-# Letters: see kernels/base.py.
+# Letters: see kernels/base.py. Q panels of P outputs.
 
-_DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float64: 2}  # as in dispatch() of C++
-
-# Argument types of each function after the dtype code; p array, i int64, f flag, d double.
-_TYPES: dict[str, Any] = {"p": c_void_p, "i": c_int64, "f": c_int32, "d": c_double}
-_SIGNATURES = {
-    "ultramem_pool": ("piippppiiiiip", c_int64),
-    "ultramem_score_backward": ("piipppiipip", c_int64),
-    "ultramem_row_backward": ("piipppppiipipfp", c_int64),
-    "ultramem_row_adam": ("piippppddddddd", None),
-}
+PANEL = 32  # P, outputs of a panel, as in csrc/packed.cpp
 
 
-def load_library(path: Path) -> ctypes.CDLL:
-    """Load the built extension and declare its functions.
+def _all_fp32(*tensors: Tensor) -> bool:
+    return all(tensor.dtype == torch.float32 for tensor in tensors)
 
-    Raises:
-        OSError: the file cannot be loaded.
+
+class NativeKernel(PlainKernel):
+    """The C++ extension.
+
+    Args:
+        library: see ``kernels.native``.
     """
-    library = ctypes.CDLL(str(path))
-    for name, (arguments, result) in _SIGNATURES.items():
-        function = getattr(library, name)
-        function.argtypes = [c_int32, *(_TYPES[kind] for kind in arguments)]
-        function.restype = result
-    return library
-
-
-class NativeKernel:
-    """The C++ extension; see :class:`ultramem_ds.kernels.base.Kernel`."""
 
     name = "cpu"
 
@@ -70,20 +58,20 @@ class NativeKernel:
         num_entries = rows_M.numel()
         pooled = values_RV.new_empty(num_groups, num_projectors, width)
         bad = self.library.ultramem_pool(
-            _DTYPE_CODES[values_RV.dtype],
-            values_RV.data_ptr(),
+            dtype_code(values_RV),
+            address(values_RV),
             num_rows,
             width,
-            rows_M.data_ptr(),
-            offsets.data_ptr() if offsets is not None else None,
-            projectors.data_ptr() if projectors is not None else None,
-            scores_Mh.data_ptr(),
+            address(rows_M),
+            address(offsets),
+            address(projectors),
+            address(scores_Mh),
             scores_Mh.shape[-1],
             num_groups,
             num_entries // num_groups if num_groups else 0,
             num_projectors,
             num_entries,
-            pooled.data_ptr(),
+            address(pooled),
         )
         _raise_if_bad(bad, num_entries, num_rows)
         return pooled
@@ -108,6 +96,27 @@ class NativeKernel:
         num_bags = offsets_B1.numel() - 1
         return self._pool(values_RV, rows_M, offsets_B1, None, scores_Mh, num_bags, 1).squeeze(1)
 
+    def entry_dots(
+        self, grad_BV: Tensor, values_RV: Tensor, rows_M: Tensor, bags_M: Tensor, num_cores: int
+    ) -> Tensor:
+        """See :class:`ultramem_ds.kernels.base.Kernel`."""
+        dtype = torch.promote_types(values_RV.dtype, torch.float32)
+        dots_Mh = values_RV.new_empty(rows_M.numel(), num_cores, dtype=dtype)
+        bad = self.library.ultramem_entry_dots(
+            dtype_code(values_RV),
+            address(values_RV),
+            *values_RV.shape,
+            address(rows_M),
+            address(bags_M),
+            num_cores,
+            rows_M.numel(),
+            address(grad_BV),
+            grad_BV.shape[0],
+            address(dots_Mh),
+        )
+        _raise_if_bad(bad, rows_M.numel(), values_RV.shape[0])
+        return dots_Mh
+
     def backward(
         self,
         grad_BV: Tensor,
@@ -115,89 +124,25 @@ class NativeKernel:
         rows_M: Tensor,
         bags_M: Tensor,
         scores_Mh: Tensor,
-        grad_values_RV: Tensor | None,
+        grad_values_RV: Tensor,
     ) -> Tensor:
         """See :class:`ultramem_ds.kernels.base.Kernel`."""
-        if grad_values_RV is None:
-            return self._score_backward(grad_BV, values_RV, rows_M, bags_M, scores_Mh)
         sorted_M, order_M = torch.sort(rows_M, stable=True)
-        return self._row_backward(
-            grad_BV,
-            values_RV,
-            sorted_M,
-            sorted_M,
-            order_M,
-            bags_M,
-            scores_Mh,
-            grad_values_RV,
-            False,
-        )
-
-    def backward_rows(
-        self, grad_BV: Tensor, values_RV: Tensor, rows_M: Tensor, bags_M: Tensor, scores_Mh: Tensor
-    ) -> RowGradients:
-        """See :class:`ultramem_ds.kernels.base.Kernel`."""
-        sorted_M, order_M = torch.sort(rows_M, stable=True)
-        rows_U, slots_M = torch.unique_consecutive(sorted_M, return_inverse=True)
-        grad_UV = torch.empty(
-            rows_U.numel(), values_RV.shape[1], dtype=accumulation_dtype(values_RV.dtype)
-        )
-        advise_huge_pages(grad_UV)  # fresh memory of up to M rows: 500 times fewer page faults
-        grad_scores_Mh = self._row_backward(
-            grad_BV, values_RV, sorted_M, slots_M, order_M, bags_M, scores_Mh, grad_UV, True
-        )
-        return RowGradients(rows_U, grad_UV, grad_scores_Mh)
-
-    def _score_backward(
-        self, grad_BV: Tensor, values_RV: Tensor, rows_M: Tensor, bags_M: Tensor, scores_Mh: Tensor
-    ) -> Tensor:
         grad_scores_Mh = torch.empty_like(scores_Mh)
-        bad = self.library.ultramem_score_backward(
-            _DTYPE_CODES[values_RV.dtype],
-            values_RV.data_ptr(),
+        bad = self.library.ultramem_backward(
+            dtype_code(values_RV),
+            address(values_RV),
             *values_RV.shape,
-            rows_M.data_ptr(),
-            bags_M.data_ptr(),
-            scores_Mh.data_ptr(),
-            scores_Mh.shape[1],
-            rows_M.numel(),
-            grad_BV.data_ptr(),
-            grad_BV.shape[0],
-            grad_scores_Mh.data_ptr(),
-        )
-        _raise_if_bad(bad, rows_M.numel(), values_RV.shape[0])
-        return grad_scores_Mh
-
-    def _row_backward(
-        self,
-        grad_BV: Tensor,
-        values_RV: Tensor,
-        sorted_M: Tensor,
-        slots_M: Tensor,
-        order_M: Tensor,
-        bags_M: Tensor,
-        scores_Mh: Tensor,
-        grad_rows: Tensor,
-        overwrite: bool,
-    ) -> Tensor:
-        """Put the gradient of sorted entry j's row into row ``slots_M[j]`` of ``grad_rows``."""
-        grad_scores_Mh = torch.empty_like(scores_Mh)
-        bad = self.library.ultramem_row_backward(
-            _DTYPE_CODES[values_RV.dtype],
-            values_RV.data_ptr(),
-            *values_RV.shape,
-            sorted_M.data_ptr(),
-            slots_M.data_ptr(),
-            order_M.data_ptr(),
-            bags_M.data_ptr(),
-            scores_Mh.data_ptr(),
+            address(sorted_M),
+            address(order_M),
+            address(bags_M),
+            address(scores_Mh),
             scores_Mh.shape[1],
             sorted_M.numel(),
-            grad_BV.data_ptr(),
+            address(grad_BV),
             grad_BV.shape[0],
-            grad_rows.data_ptr(),
-            overwrite,
-            grad_scores_Mh.data_ptr(),
+            address(grad_values_RV),
+            address(grad_scores_Mh),
         )
         _raise_if_bad(bad, sorted_M.numel(), values_RV.shape[0])
         return grad_scores_Mh
@@ -213,13 +158,13 @@ class NativeKernel:
     ) -> None:
         """See :class:`ultramem_ds.kernels.base.Kernel`."""
         self.library.ultramem_row_adam(
-            _DTYPE_CODES[values_RV.dtype],
-            rows_U.data_ptr(),
+            dtype_code(values_RV),
+            address(rows_U),
             *grad_UV.shape,
-            grad_UV.data_ptr(),
-            values_RV.data_ptr(),
-            exp_avg_RV.data_ptr(),
-            exp_avg_sq_RV.data_ptr(),
+            address(grad_UV),
+            address(values_RV),
+            address(exp_avg_RV),
+            address(exp_avg_sq_RV),
             step.grad_scale,
             step.step_size,
             step.root_correction,
@@ -228,6 +173,142 @@ class NativeKernel:
             step.beta2,
             step.eps,
         )
+
+    def causal_conv(
+        self,
+        x_BSD: Tensor,
+        weight_kD: Tensor,
+        doc_boundaries_BS: Tensor | None,
+        state_BCD: Tensor | None,
+    ) -> Tensor:
+        """See :class:`ultramem_ds.kernels.base.Kernel`."""
+        training = torch.is_grad_enabled()
+        if not _all_fp32(x_BSD, weight_kD) or (training and state_BCD is not None):
+            return super().causal_conv(x_BSD, weight_kD, doc_boundaries_BS, state_BCD)
+        dense = [None if x is None else x.contiguous() for x in (doc_boundaries_BS, state_BCD)]
+        x_BSD, weight_kD = x_BSD.contiguous(), weight_kD.contiguous()
+        if not training:
+            return conv_forward(self.library, x_BSD, weight_kD, *dense)
+        return causal_conv(self.library, x_BSD, weight_kD, dense[0])
+
+    def select(
+        self,
+        search: Search,
+        queries_TGd: Tensor,
+        groups_2Hr: Tensor,
+        keys_2Hnrd: Tensor,
+        core_hHrr: Tensor | None,
+        top_m: int,
+        candidates: Candidates = "one-sided",
+        compile_pairs: bool = False,
+    ) -> tuple[Tensor, Tensor]:
+        """See :class:`ultramem_ds.kernels.base.Kernel`.
+
+        Of equal scores the key, or pair of candidates, of the smallest number comes first.
+        """
+        if candidates != "one-sided" or not _all_fp32(queries_TGd, keys_2Hnrd):
+            return super().select(
+                search,
+                queries_TGd,
+                groups_2Hr,
+                keys_2Hnrd,
+                core_hHrr,
+                top_m,
+                candidates,
+                compile_pairs,
+            )
+        queries_TGd, keys_2Hnrd = queries_TGd.contiguous(), keys_2Hnrd.contiguous()
+        core_hHrr = None if core_hHrr is None else core_hHrr.contiguous()
+        return select(self.library, search, queries_TGd, groups_2Hr, keys_2Hnrd, core_hHrr, top_m)
+
+    def shuffle(self, slots: Tensor, tables: Tensor) -> Tensor:
+        """See :class:`ultramem_ds.kernels.base.Kernel`."""
+        slots = slots.contiguous()
+        permuted = torch.empty_like(slots)
+        self.library.ultramem_shuffle(
+            address(slots), slots.numel(), address(tables), *tables.shape, address(permuted)
+        )
+        return permuted
+
+    def split(self, slots: Tensor, num_rows: int) -> tuple[Tensor, Tensor]:
+        """See :class:`ultramem_ds.kernels.base.Kernel`."""
+        slots = slots.contiguous()
+        rows, projectors = torch.empty_like(slots), torch.empty_like(slots)
+        self.library.ultramem_split(
+            address(slots), slots.numel(), num_rows, address(rows), address(projectors)
+        )
+        return rows, projectors
+
+    def packs(self, weight: Tensor) -> bool:
+        """fp32: torch's products of 2 to 64 rows do not reach the memory's bandwidth."""
+        return weight.dtype == torch.float32
+
+    def packed_shape(
+        self, num_outputs: int, num_inputs: int, *, dtype: torch.dtype
+    ) -> tuple[int, ...]:
+        """``(Q, K, P)`` of fp32 weights; the last panel is filled up with zeros."""
+        if dtype != torch.float32:
+            return super().packed_shape(num_outputs, num_inputs, dtype=dtype)
+        return -(-num_outputs // PANEL), num_inputs, PANEL
+
+    def pack_into(self, packed: Tensor, weight_NK: Tensor) -> None:
+        """See :class:`ultramem_ds.kernels.base.Kernel`."""
+        if not _all_fp32(packed, weight_NK):
+            return super().pack_into(packed, weight_NK)
+        assert packed.shape == self.packed_shape(*weight_NK.shape, dtype=packed.dtype)
+        weight_NK = weight_NK.contiguous()
+        self.library.ultramem_pack(address(weight_NK), *weight_NK.shape, address(packed))
+
+    def grouped_linear(
+        self, x_MK: Tensor, packed_X: Tensor, ends_X: Tensor, num_outputs: int
+    ) -> Tensor:
+        """See :class:`ultramem_ds.kernels.base.Kernel`; a view where N fills no whole panels."""
+        if not _all_fp32(x_MK, packed_X):
+            return super().grouped_linear(x_MK, packed_X, ends_X, num_outputs)
+        num_groups, num_panels, num_inputs, _ = packed_X.shape
+        x_MK = x_MK.contiguous()
+        y = x_MK.new_empty(x_MK.shape[0], num_panels * PANEL)
+        self.library.ultramem_grouped_linear(
+            address(x_MK),
+            address(packed_X),
+            address(ends_X),
+            num_groups,
+            num_panels,
+            num_inputs,
+            address(y),
+        )
+        return y[:, :num_outputs]
+
+    def attend(
+        self,
+        q_BASK: Tensor,
+        keys_BACK: Tensor,
+        values_BACK: Tensor,
+        mask_BSC: Tensor | None,
+        dropout: float,
+    ) -> Tensor:
+        """Natively for one query of a decode step; training, prefill and masks are torch's."""
+        B, num_heads, num_positions, width = keys_BACK.shape
+        decoding = q_BASK.shape[2] == 1 and mask_BSC is None and not torch.is_grad_enabled()
+        dense = keys_BACK.stride() == values_BACK.stride() and keys_BACK.stride(-1) == 1
+        if not (decoding and dense and width % 16 == 0 and _all_fp32(q_BASK, keys_BACK)):
+            return super().attend(q_BASK, keys_BACK, values_BACK, mask_BSC, dropout)
+        q_BASK = q_BASK.contiguous()
+        out_BASK = torch.empty_like(q_BASK)
+        self.library.ultramem_attend(
+            address(q_BASK),
+            keys_BACK.data_ptr(),
+            values_BACK.data_ptr(),
+            *keys_BACK.stride()[:3],
+            B,
+            num_heads,
+            q_BASK.shape[1] // num_heads,
+            num_positions,
+            width,
+            width**-0.5,
+            address(out_BASK),
+        )
+        return out_BASK
 
 
 def _raise_if_bad(bad: int, num_entries: int, num_rows: int) -> None:

@@ -12,8 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ultramem_ds.kernels.base import RowGradients, accumulation_dtype, rectangular_bags
-from ultramem_ds.kernels.row_adam import TorchRowAdam
+from ultramem_ds.kernels.base import accumulation_dtype, rectangular_bags
+from ultramem_ds.kernels.plain import PlainKernel
 
 # Letters: see kernels/base.py.
 
@@ -76,7 +76,7 @@ def bags_by_core(
     return ids, F.pad(starts_Bh.flatten(), (0, 1), value=num_entries * num_cores), weights
 
 
-class EmbeddingBagKernel(TorchRowAdam):
+class EmbeddingBagKernel(PlainKernel):
     """Library kernels only; see :class:`ultramem_ds.kernels.base.Kernel`.
 
     ``embedding_bag`` wants weights in the table's dtype and would round the scores of a bf16
@@ -117,10 +117,10 @@ class EmbeddingBagKernel(TorchRowAdam):
         )
         return pooled.view(num_bags, values_RV.shape[1]).to(values_RV.dtype)
 
-    def _grad_scores(
+    def entry_dots(
         self, grad_BV: Tensor, values_RV: Tensor, rows_M: Tensor, bags_M: Tensor, num_cores: int
     ) -> Tensor:
-        """Dot products of every entry's row with its bag's gradient, by core, ``(M, h)``."""
+        """See :class:`ultramem_ds.kernels.base.Kernel`."""
         table_RV, rows_M = _in_accumulation_dtype(values_RV, rows_M)
         width = table_RV.shape[1] // num_cores
         ids, bags = split_cores(rows_M, num_cores), split_cores(bags_M, num_cores)
@@ -141,25 +141,15 @@ class EmbeddingBagKernel(TorchRowAdam):
         rows_M: Tensor,
         bags_M: Tensor,
         scores_Mh: Tensor,
-        grad_values_RV: Tensor | None,
+        grad_values_RV: Tensor,
     ) -> Tensor:
         """See :class:`ultramem_ds.kernels.base.Kernel`."""
-        if grad_values_RV is None:
-            return self._grad_scores(grad_BV, values_RV, rows_M, bags_M, scores_Mh.shape[1])
-        touched = self.backward_rows(grad_BV, values_RV, rows_M, bags_M, scores_Mh)
-        grad_values_RV.index_add_(0, touched.rows_U, touched.grad_UV)
-        return touched.grad_scores
-
-    def backward_rows(
-        self, grad_BV: Tensor, values_RV: Tensor, rows_M: Tensor, bags_M: Tensor, scores_Mh: Tensor
-    ) -> RowGradients:
-        """See :class:`ultramem_ds.kernels.base.Kernel`."""
-        grad_scores_Mh = self._grad_scores(grad_BV, values_RV, rows_M, bags_M, scores_Mh.shape[1])
         rows_U, starts_U1, order_M = group_by_row(rows_M)
         grad_UV = self.bags(
             grad_BV.to(scores_Mh.dtype), bags_M[order_M], starts_U1, scores_Mh[order_M]
         )
-        return RowGradients(rows_U, grad_UV, grad_scores_Mh)
+        grad_values_RV.index_add_(0, rows_U, grad_UV)
+        return self.entry_dots(grad_BV, values_RV, rows_M, bags_M, scores_Mh.shape[1])
 
 
 def _in_accumulation_dtype(values_RV: Tensor, rows_M: Tensor) -> tuple[Tensor, Tensor]:

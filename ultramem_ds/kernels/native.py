@@ -1,58 +1,66 @@
-"""The native extension's functions for what surrounds the lookup (``csrc/select.cpp, small.cpp``).
-
-They run where the registry picks the ``cpu`` kernel; everywhere else their callers stay with torch.
-"""
+"""The native extension as ctypes sees it: one table of its functions, loaded once."""
 
 from __future__ import annotations
 
 import ctypes
-import functools
-from ctypes import c_int64, c_void_p
+from ctypes import c_double, c_float, c_int32, c_int64, c_void_p
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from ultramem_ds.kernels.cpu import NativeKernel
-from ultramem_ds.kernels.registry import resolve
-
-# Argument types: p array, i int64.
-_TYPES = {"p": c_void_p, "i": c_int64}
+# p array, i int64, f float, d double; the result is int64 ("i") or none. Functions whose arguments
+# begin with "t" take the table's dtype as a code of _DTYPE_CODES.
+_TYPES: dict[str, Any] = {
+    "p": c_void_p, "i": c_int64, "f": c_float, "d": c_double, "t": c_int32, "": None,
+}  # fmt: skip
+_DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float64: 2}  # as in dispatch() of C++
 _SIGNATURES = {
-    "ultramem_select": "p" + "i" * 3 + "p" * 4 + "i" * 9 + "p" * 3,
-    "ultramem_select_backward": "p" * 7 + "i" * 8 + "p" * 4,
-    "ultramem_conv": "p" * 4 + "i" * 4 + "p",
-    "ultramem_conv_backward": "p" * 4 + "i" * 4 + "pp",
-    "ultramem_shuffle": "pipiip",
-    "ultramem_split": "piipp",
+    # lookup.cpp
+    "ultramem_pool": ("tpiippppiiiiip", "i"),
+    "ultramem_entry_dots": ("tpiippiipip", "i"),
+    "ultramem_backward": ("tpiippppiipipp", "i"),
+    "ultramem_row_adam": ("tpiippppddddddd", ""),
+    # select.cpp
+    "ultramem_select": ("p" + "i" * 3 + "p" * 4 + "i" * 9 + "p" * 3, ""),
+    "ultramem_select_backward": ("p" * 7 + "i" * 8 + "p" * 4, ""),
+    # small.cpp
+    "ultramem_conv": ("p" * 4 + "i" * 4 + "p", ""),
+    "ultramem_conv_backward": ("p" * 4 + "i" * 4 + "pp", ""),
+    "ultramem_shuffle": ("pipiip", ""),
+    "ultramem_split": ("piipp", ""),
+    # packed.cpp, attend.cpp
+    "ultramem_pack": ("piip", ""),
+    "ultramem_grouped_linear": ("pppiiip", ""),
+    "ultramem_attend": ("ppp" + "i" * 8 + "fp", ""),
 }
 
 
-@functools.cache
-def _declared(library: ctypes.CDLL) -> ctypes.CDLL:
-    for name, arguments in _SIGNATURES.items():
+def load_library(path: Path) -> ctypes.CDLL:
+    """Load the built extension and declare its functions.
+
+    Raises:
+        OSError: the file cannot be loaded.
+    """
+    library = ctypes.CDLL(str(path))
+    for name, (arguments, result) in _SIGNATURES.items():
         function = getattr(library, name)
         function.argtypes = [_TYPES[kind] for kind in arguments]
-        function.restype = None
+        function.restype = _TYPES[result]
     return library
 
 
-def native_library(
-    *tensors: Tensor, dtype: torch.dtype = torch.float32, kernel: str = "auto"
-) -> ctypes.CDLL | None:
-    """The extension, where it computes with such tensors; else None.
-
-    Args:
-        tensors: decide by their devices and dtypes.
-        dtype: that the functions in question take.
-        kernel: as in ``registry.resolve``: only ``cpu`` is native.
-    """
-    if any(tensor.dtype != dtype or tensor.device.type != "cpu" for tensor in tensors):
-        return None
-    chosen = resolve(kernel, torch.device("cpu"))
-    return _declared(chosen.library) if isinstance(chosen, NativeKernel) else None
+def dtype_code(tensor: Tensor) -> int:
+    """The number by which C++ knows the tensor's dtype."""
+    return _DTYPE_CODES[tensor.dtype]
 
 
 def address(tensor: Tensor | None) -> int | None:
-    """What C++ gets for a contiguous tensor, or a null pointer for none."""
+    """What C++ gets for a tensor, or a null pointer for none.
+
+    Only dense memory crosses: C++ knows no strides, and a view that expands one element has not the
+    elements that its shape promises.
+    """
     assert tensor is None or tensor.is_contiguous()
     return None if tensor is None else tensor.data_ptr()

@@ -15,7 +15,6 @@ from ultramem_ds.kernels.base import (
     Layout,
     Ragged,
     Rectangular,
-    RowGradients,
     accumulation_dtype,
 )
 from ultramem_ds.kernels.row_adam import AdamStep, check_row_adam
@@ -51,14 +50,15 @@ class _LookupReduce(Function):
         if ctx.needs_input_grad[0]:
             buffer_RV = torch.zeros_like(values_RV, dtype=dtype)
         rows_M, bags_M = ctx.layout.entries()
-        grad_scores_Mh = ctx.kernel.backward(
-            grad_pooled.contiguous().view(-1, values_RV.shape[1]),
-            values_RV,
-            rows_M,
-            bags_M,
-            scores.to(dtype).view(-1, scores.shape[-1]),
-            buffer_RV,
-        )
+        grad_BV = grad_pooled.contiguous().view(-1, values_RV.shape[1])
+        num_cores = scores.shape[-1]
+        if buffer_RV is None:
+            grad_scores_Mh = ctx.kernel.entry_dots(grad_BV, values_RV, rows_M, bags_M, num_cores)
+        else:
+            scores_Mh = scores.to(dtype).view(-1, num_cores)
+            grad_scores_Mh = ctx.kernel.backward(
+                grad_BV, values_RV, rows_M, bags_M, scores_Mh, buffer_RV
+            )
         grad_values_RV = buffer_RV.to(values_RV.dtype) if ctx.needs_input_grad[0] else None
         return grad_values_RV, grad_scores_Mh.view_as(scores).to(scores.dtype), None, None, None
 
@@ -162,56 +162,6 @@ def bag_reduce(
     return _apply(values_RV, scores_Mh, layout, kernel, grad_values_RV)
 
 
-def lookup_reduce_backward_rows(
-    grad_pooled_TEV: Tensor,
-    values_RV: Tensor,
-    rows_TK: Tensor,
-    projectors_TK: Tensor,
-    scores_TKh: Tensor,
-    *,
-    kernel: str = "auto",
-) -> RowGradients:
-    """Backward of :func:`lookup_reduce` that keeps the table's gradient sparse by row.
-
-    For a row-sparse optimizer (:func:`ultramem_ds.kernels.row_adam_`): memory and time are
-    proportional to the rows touched, not to the table.
-
-    Args:
-        grad_pooled_TEV: gradient of the output, in the dtype of ``values_RV``.
-        values_RV: as in :func:`lookup_reduce`.
-        rows_TK: as in :func:`lookup_reduce`.
-        projectors_TK: as in :func:`lookup_reduce`.
-        scores_TKh: as in :func:`lookup_reduce`.
-        kernel: as in :func:`lookup_reduce`.
-
-    Returns:
-        Distinct rows in ascending order, their gradients, and the scores' gradient.
-
-    Raises:
-        ValueError: shapes, dtypes or the kernel's name do not fit, or the kernel is unavailable.
-    """
-    layout = _rectangular(rows_TK, projectors_TK, scores_TKh, grad_pooled_TEV.shape[1])
-    return _backward_rows(grad_pooled_TEV, values_RV, layout, scores_TKh, kernel)
-
-
-def bag_reduce_backward_rows(
-    grad_pooled_BV: Tensor,
-    values_RV: Tensor,
-    rows_M: Tensor,
-    offsets_B1: Tensor,
-    scores_Mh: Tensor,
-    *,
-    kernel: str = "auto",
-) -> RowGradients:
-    """Backward of :func:`bag_reduce` that keeps the table's gradient sparse by row.
-
-    Arguments as in :func:`bag_reduce`; result and errors as in
-    :func:`lookup_reduce_backward_rows`.
-    """
-    layout = _ragged(rows_M, offsets_B1, scores_Mh)
-    return _backward_rows(grad_pooled_BV, values_RV, layout, scores_Mh, kernel)
-
-
 def row_adam_(
     rows_U: Tensor,
     grad_UV: Tensor,
@@ -229,8 +179,7 @@ def row_adam_(
 ) -> None:
     """AdamW on the listed rows, in place; other rows and their moments are left alone.
 
-    Takes what :func:`lookup_reduce_backward_rows` gives. Semantics ("lazy" Adam) in
-    :mod:`ultramem_ds.kernels.row_adam`.
+    Semantics ("lazy" Adam) in :mod:`ultramem_ds.kernels.row_adam`.
 
     Args:
         rows_U: distinct row ids, ascending, int64.
@@ -257,25 +206,6 @@ def row_adam_(
         registry.resolve(kernel, values_RV.device).row_adam_(
             rows_U, grad_UV, values_RV, exp_avg_RV, exp_avg_sq_RV, scalars
         )
-
-
-def _backward_rows(
-    grad_pooled: Tensor, values_RV: Tensor, layout: Layout, scores: Tensor, kernel_name: str
-) -> RowGradients:
-    _check_table(values_RV, scores, None)
-    if grad_pooled.dtype != values_RV.dtype:
-        raise ValueError(
-            f"the output's gradient is {grad_pooled.dtype}, the table {values_RV.dtype}: cast it"
-        )
-    rows_M, bags_M = layout.entries()
-    touched = registry.resolve(kernel_name, values_RV.device).backward_rows(
-        grad_pooled.contiguous().view(-1, values_RV.shape[1]),
-        values_RV.detach(),
-        rows_M,
-        bags_M,
-        scores.detach().to(accumulation_dtype(values_RV.dtype)).reshape(-1, scores.shape[-1]),
-    )
-    return RowGradients(touched.rows_U, touched.grad_UV, touched.grad_scores.view(scores.shape))
 
 
 def _rectangular(

@@ -1,4 +1,4 @@
-"""The oracle: plain torch, one line per step of the definition, any device.
+"""The lookups' oracle: plain torch, one line per step of the definition, any device.
 
 It gathers every looked-up row (``M * V`` elements), which is what the other implementations
 exist to avoid.
@@ -6,15 +6,10 @@ exist to avoid.
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
-from ultramem_ds.kernels.base import (
-    RowGradients,
-    ragged_bags,
-    rectangular_bags,
-)
-from ultramem_ds.kernels.row_adam import TorchRowAdam
+from ultramem_ds.kernels.base import accumulation_dtype, ragged_bags, rectangular_bags
+from ultramem_ds.kernels.plain import PlainKernel
 
 # Letters: see kernels/base.py. C = V / h columns of one core's chunk.
 
@@ -24,8 +19,8 @@ def _by_core(rows_MV: Tensor, num_cores: int) -> Tensor:
     return rows_MV.unflatten(1, (num_cores, rows_MV.shape[1] // num_cores))
 
 
-class ReferenceKernel(TorchRowAdam):
-    """Gather, multiply, ``index_add_``; see :class:`ultramem_ds.kernels.base.Kernel`."""
+class ReferenceKernel(PlainKernel):
+    """Gather, multiply, ``add_rows_``; see :class:`ultramem_ds.kernels.base.Kernel`."""
 
     name = "reference"
 
@@ -35,7 +30,8 @@ class ReferenceKernel(TorchRowAdam):
         gathered_MV = values_RV.index_select(0, rows_M).to(scores_Mh.dtype)
         weighted_MhC = _by_core(gathered_MV, scores_Mh.shape[1]) * scores_Mh[:, :, None]
         pooled_BV = weighted_MhC.new_zeros(num_bags, values_RV.shape[1])
-        return pooled_BV.index_add_(0, bags_M, weighted_MhC.flatten(1)).to(values_RV.dtype)
+        self.add_rows_(pooled_BV, bags_M, weighted_MhC.flatten(1))
+        return pooled_BV.to(values_RV.dtype)
 
     def lookup(
         self,
@@ -62,14 +58,14 @@ class ReferenceKernel(TorchRowAdam):
             values_RV, rows_M, bags_M, scores_Mh, num_bags=offsets_B1.numel() - 1
         )
 
-    def _entry_gradients(
-        self, grad_BV: Tensor, values_RV: Tensor, rows_M: Tensor, bags_M: Tensor, scores_Mh: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        """Return the gradients of each gathered row ``(M, V)`` and of its scores ``(M, h)``."""
-        num_cores = scores_Mh.shape[1]
-        grad_MhC = _by_core(grad_BV[bags_M].to(scores_Mh.dtype), num_cores)
-        gathered_MhC = _by_core(values_RV.index_select(0, rows_M).to(scores_Mh.dtype), num_cores)
-        return (grad_MhC * scores_Mh[:, :, None]).flatten(1), (grad_MhC * gathered_MhC).sum(-1)
+    def entry_dots(
+        self, grad_BV: Tensor, values_RV: Tensor, rows_M: Tensor, bags_M: Tensor, num_cores: int
+    ) -> Tensor:
+        """See :class:`ultramem_ds.kernels.base.Kernel`."""
+        dtype = accumulation_dtype(values_RV.dtype)
+        grad_MhC = _by_core(grad_BV.index_select(0, bags_M).to(dtype), num_cores)
+        gathered_MhC = _by_core(values_RV.index_select(0, rows_M).to(dtype), num_cores)
+        return (grad_MhC * gathered_MhC).sum(-1)
 
     def backward(
         self,
@@ -78,24 +74,10 @@ class ReferenceKernel(TorchRowAdam):
         rows_M: Tensor,
         bags_M: Tensor,
         scores_Mh: Tensor,
-        grad_values_RV: Tensor | None,
+        grad_values_RV: Tensor,
     ) -> Tensor:
         """See :class:`ultramem_ds.kernels.base.Kernel`."""
-        grad_rows_MV, grad_scores_Mh = self._entry_gradients(
-            grad_BV, values_RV, rows_M, bags_M, scores_Mh
-        )
-        if grad_values_RV is not None:
-            grad_values_RV.index_add_(0, rows_M, grad_rows_MV)
-        return grad_scores_Mh
-
-    def backward_rows(
-        self, grad_BV: Tensor, values_RV: Tensor, rows_M: Tensor, bags_M: Tensor, scores_Mh: Tensor
-    ) -> RowGradients:
-        """See :class:`ultramem_ds.kernels.base.Kernel`."""
-        grad_rows_MV, grad_scores_Mh = self._entry_gradients(
-            grad_BV, values_RV, rows_M, bags_M, scores_Mh
-        )
-        rows_U, slot_M = torch.unique(rows_M, return_inverse=True)
-        grad_UV = grad_rows_MV.new_zeros(rows_U.numel(), values_RV.shape[1])
-        grad_UV.index_add_(0, slot_M, grad_rows_MV)
-        return RowGradients(rows_U, grad_UV, grad_scores_Mh)
+        num_cores = scores_Mh.shape[1]
+        grad_MhC = _by_core(grad_BV.index_select(0, bags_M).to(scores_Mh.dtype), num_cores)
+        self.add_rows_(grad_values_RV, rows_M, (grad_MhC * scores_Mh[:, :, None]).flatten(1))
+        return self.entry_dots(grad_BV, values_RV, rows_M, bags_M, num_cores)

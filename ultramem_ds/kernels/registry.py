@@ -20,8 +20,9 @@ import torch
 
 from ultramem_ds.kernels.base import Kernel
 from ultramem_ds.kernels.build import BuildError, build
-from ultramem_ds.kernels.cpu import NativeKernel, load_library
+from ultramem_ds.kernels.cpu import NativeKernel
 from ultramem_ds.kernels.embedding_bag import EmbeddingBagKernel
+from ultramem_ds.kernels.native import load_library
 from ultramem_ds.kernels.reference import ReferenceKernel
 
 _LOGGER = logging.getLogger(__name__)
@@ -93,6 +94,7 @@ _FACTORIES: dict[str, Callable[[torch.device], Choice]] = {
 NAMES = tuple(_FACTORIES)
 # What kernel="auto" tries, in this order.
 _PREFERENCE = {
+    "meta": ("reference",),  # shapes only: nothing whose size the data decide
     "cpu": ("cpu", "embedding-bag", "reference"),
     "cuda": ("triton", "embedding-bag", "reference"),
 }

@@ -65,31 +65,6 @@ class AdamStep:
         )
 
 
-class TorchRowAdam:
-    """The update in torch operations, for kernels without one of their own."""
-
-    def row_adam_(
-        self,
-        rows_U: Tensor,
-        grad_UV: Tensor,
-        values_RV: Tensor,
-        exp_avg_RV: Tensor,
-        exp_avg_sq_RV: Tensor,
-        step: AdamStep,
-    ) -> None:
-        """Update the rows in place; see :class:`AdamStep` for the formula."""
-        grad_UV = grad_UV * step.grad_scale
-        avg_UV = exp_avg_RV.index_select(0, rows_U).lerp_(grad_UV, 1.0 - step.beta1)
-        avg_sq_UV = exp_avg_sq_RV.index_select(0, rows_U).mul_(step.beta2)
-        avg_sq_UV.addcmul_(grad_UV, grad_UV, value=1.0 - step.beta2)
-        value_UV = values_RV.index_select(0, rows_U).to(grad_UV.dtype).mul_(step.decay)
-        denominator_UV = avg_sq_UV.sqrt().div_(step.root_correction).add_(step.eps)
-        value_UV.addcdiv_(avg_UV, denominator_UV, value=-step.step_size)
-        exp_avg_RV.index_copy_(0, rows_U, avg_UV)
-        exp_avg_sq_RV.index_copy_(0, rows_U, avg_sq_UV)
-        values_RV.index_copy_(0, rows_U, value_UV.to(values_RV.dtype))
-
-
 def check_row_adam(
     rows_U: Tensor,
     grad_UV: Tensor,

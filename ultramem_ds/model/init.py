@@ -17,10 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from ultramem_ds.config.schema import Architecture, MemoryConfig
-from ultramem_ds.model.memory.forms import ScoreForm
-from ultramem_ds.model.memory.pkm import ProductKeyForm
-from ultramem_ds.model.memory.retrieval import best_pairs, top_candidates
-from ultramem_ds.model.memory.tucker import TuckerForm, leading_singular_vectors
+from ultramem_ds.kernels.pairs import best_pairs, top_candidates
+from ultramem_ds.model.memory.scores import ScoreForm, leading_singular_vectors
 
 # D hidden, L layers, H memory heads, r Tucker rank, h cores, m top-m, n keys per side, E expansion,
 # V value width, d kdim, T tokens, R rows. Y is the mean of the top-m of the candidate scores.
@@ -178,7 +176,7 @@ def score_moments(memory: MemoryConfig) -> ScoreMoments:
         ranked_2THn = (scores_2THnr * form.directions_2Hr[:, None, :, None, :]).sum(-1)
         candidates = top_candidates(ranked_2THn, memory.top_m, memory.candidates)
         picked = scores_2THnr.gather(-2, candidates[..., None].expand(*candidates.shape, rank))
-        cores.append(best_pairs(form, picked, memory.top_m)[1])
+        cores.append(best_pairs(form.core_hHrr, picked, memory.top_m)[1])
     scores = torch.stack(cores)
     top_mean = float(scores.sum(-1).mean())
     scaled = scores / top_mean
@@ -190,12 +188,12 @@ def score_moments(memory: MemoryConfig) -> ScoreMoments:
 def _random_form(memory: MemoryConfig, generator: torch.Generator) -> ScoreForm:
     """The score form of one freshly initialised head."""
     if memory.retrieval == "product-key":
-        return ProductKeyForm(torch.ones(2, 1, 1))
+        return ScoreForm(None, torch.ones(2, 1, 1))
     core = torch.empty(memory.num_cores, 1, memory.tucker_rank, memory.tucker_rank)
     _draw(core, core_fill(memory), generator)
     total = core.sum(0)
     directions = leading_singular_vectors(total, torch.zeros(2, 1, memory.tucker_rank))
-    return TuckerForm(core, directions, 0.0)
+    return ScoreForm(core, directions)
 
 
 def query_gain(memory: MemoryConfig) -> float:

@@ -37,7 +37,7 @@ class StepInputs(NamedTuple):
 
     positions_BS: Tensor  # rotary positions, (1 or B, S)
     mask_BSS: Tensor | None  # see AttentionContext
-    doc_starts_BS: Tensor | None  # True at a sequence's first token; None: nothing starts here
+    doc_boundaries_BS: Tensor | None  # True at a sequence's first token; None: nothing starts here
 
 
 class DecodeState(Protocol):
@@ -123,7 +123,7 @@ class LanguageModel(nn.Module):
     def hidden(
         self,
         tokens_BS: Tensor,
-        doc_begins_BS: Tensor | None = None,
+        doc_ids_BS: Tensor | None = None,
         positions_BS: Tensor | None = None,
         state: DecodeState | None = None,
     ) -> tuple[Tensor, list[Tensor], list[Tensor], list[Tensor]]:
@@ -131,7 +131,7 @@ class LanguageModel(nn.Module):
 
         Args:
             tokens_BS: token ids, int64.
-            doc_begins_BS: index of the first token of each position's document, int64: attention
+            doc_ids_BS: number of each position's document, int64, runs of equal numbers: attention
                 and the memory's query convolution stay inside it; None ignores documents.
             positions_BS: rotary positions; None counts from the start of the sequence.
             state: carries decoding from call to call; it gives documents and positions itself.
@@ -142,15 +142,15 @@ class LanguageModel(nn.Module):
         """
         model = self.config.model
         S = tokens_BS.shape[1]
-        mask_BSS = doc_starts_BS = None
+        mask_BSS = doc_boundaries_BS = None
         if state is not None:
-            positions_BS, mask_BSS, doc_starts_BS = state.enter(S)
+            positions_BS, mask_BSS, doc_boundaries_BS = state.enter(S)
         if positions_BS is None:
             positions_BS = torch.arange(S, device=tokens_BS.device).unsqueeze(0)
-        if doc_begins_BS is not None:
+        if doc_ids_BS is not None:
             index_S = torch.arange(S, device=tokens_BS.device)
-            doc_starts_BS = doc_begins_BS == index_S
-            same_BSS = doc_begins_BS.unsqueeze(2) == doc_begins_BS.unsqueeze(1)
+            doc_boundaries_BS = F.pad(doc_ids_BS.diff(dim=1) != 0, (1, 0), value=True)
+            same_BSS = doc_ids_BS.unsqueeze(2) == doc_ids_BS.unsqueeze(1)
             mask_BSS = (same_BSS & (index_S <= index_S.unsqueeze(1))).unsqueeze(1)
         x_BSD = self.dropout(self.embedding(tokens_BS))
         cos_BSK, sin_BSK = rotary_tables(
@@ -169,7 +169,7 @@ class LanguageModel(nn.Module):
                 counts.append(out.expert_counts)
             for j in self.placement.starts[i]:
                 conv = None if state is None else state.conv[j]
-                pending[j] = memories[j].start(out.mlp_input_BSD, doc_starts_BS, conv)
+                pending[j] = memories[j].start(out.mlp_input_BSD, doc_boundaries_BS, conv)
                 if state is not None:
                     state.keep_conv(j, out.mlp_input_BSD, pending[j].conv_state)
                 aux.append(pending[j].aux_loss)
@@ -185,7 +185,7 @@ class LanguageModel(nn.Module):
     def forward(
         self,
         tokens_BS1: Tensor,
-        doc_begins_BS: Tensor | None = None,
+        doc_ids_BS: Tensor | None = None,
         positions_BS: Tensor | None = None,
         loss_mask_BS: Tensor | None = None,
         vocab_limit: int | None = None,
@@ -197,7 +197,7 @@ class LanguageModel(nn.Module):
     def forward(
         self,
         tokens_BS1: Tensor,
-        doc_begins_BS: Tensor | None = None,
+        doc_ids_BS: Tensor | None = None,
         positions_BS: Tensor | None = None,
         loss_mask_BS: Tensor | None = None,
         vocab_limit: int | None = None,
@@ -218,7 +218,7 @@ class LanguageModel(nn.Module):
             logits_MW: Tensor = self.head(x_BSD.flatten(0, 1)[scored.picks_M])
             return logits_MW
         inputs_BS, targets_BS = tokens_BS1[:, :-1], tokens_BS1[:, 1:]
-        x_BSD, balance, counts, aux = self.hidden(inputs_BS, doc_begins_BS, positions_BS)
+        x_BSD, balance, counts, aux = self.hidden(inputs_BS, doc_ids_BS, positions_BS)
         logits_BSW = self.head(x_BSD)
         scores_TW, targets_T = logits_BSW[..., :vocab_limit].flatten(0, 1), targets_BS.reshape(-1)
         if loss_mask_BS is None:

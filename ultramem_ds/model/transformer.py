@@ -9,15 +9,15 @@ Letters: B sequences, S tokens per sequence, D hidden, A attention heads, K head
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal, NamedTuple, Protocol, TypeAlias
+from typing import Literal, NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ultramem_ds.config.schema import ModelConfig
+from ultramem_ds.kernels import resolve
 from ultramem_ds.model.roles import tag
 
 
@@ -90,22 +90,8 @@ def make_linear(in_features: int, out_features: int, init: str = "matrix") -> nn
     return linear
 
 
-# Queries, keys, values, mask, dropout -> the attended values, (B, A, S, K).
-Attend: TypeAlias = Callable[[Tensor, Tensor, Tensor, Tensor | None, float], Tensor]
-
-
-def causal_attention(
-    q_BASK: Tensor, k_BASK: Tensor, v_BASK: Tensor, mask_BSS: Tensor | None, dropout: float
-) -> Tensor:
-    """Torch's scaled-dot-product attention; without a mask causal, one query sees every key."""
-    causal = mask_BSS is None and q_BASK.shape[2] > 1
-    return F.scaled_dot_product_attention(
-        q_BASK, k_BASK, v_BASK, attn_mask=mask_BSS, dropout_p=dropout, is_causal=causal
-    )
-
-
 class Attention(nn.Module):
-    """Multi-head self-attention with rotary embeddings on torch's scaled-dot-product kernels."""
+    """Multi-head self-attention with rotary embeddings."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -113,7 +99,6 @@ class Attention(nn.Module):
         self.dropout = config.dropout
         self.qkv_proj = make_linear(config.hidden_size, 3 * config.hidden_size)
         self.out_proj = make_linear(config.hidden_size, config.hidden_size, init="residual")
-        self.attend: Attend = causal_attention  # infer/ may put a faster one here
 
     def project(self, x_BSD: Tensor, context: AttentionContext) -> tuple[Tensor, Tensor, Tensor]:
         """Rotated queries and keys, and values, each ``(B, A, S, K)``."""
@@ -129,7 +114,8 @@ class Attention(nn.Module):
         if kv is not None:
             k_BASK, v_BASK = kv.update(k_BASK, v_BASK)
         dropout = self.dropout if self.training else 0.0
-        out_BASK = self.attend(q_BASK, k_BASK, v_BASK, context.mask_BSS, dropout)
+        kernel = resolve("auto", q_BASK.device)
+        out_BASK = kernel.attend(q_BASK, k_BASK, v_BASK, context.mask_BSS, dropout)
         return self.out_proj(out_BASK.transpose(1, 2).reshape(x_BSD.shape))
 
 

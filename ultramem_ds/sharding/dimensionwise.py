@@ -62,13 +62,12 @@ class DimensionWise(Scheme[DimensionWiseRequest]):
 
     def compute(self, request: DimensionWiseRequest) -> Tensor:
         """This rank's columns of all ranks' pooled values, (A, E, C) in the wire's dtype."""
-        cores = torch.tensor(self.piece_cores, device=request.scores_AKh.device)
         opened = self.shard.open(request.rows_AK)
         pooled_AEC = lookup_reduce(
             opened.values_RV,
             opened.rows,
             request.projectors_AK,
-            request.scores_AKh.index_select(2, cores),
+            torch.stack([request.scores_AKh[..., core] for core in self.piece_cores], dim=2),
             self.shard.spec.num_projectors,
             grad_values_RV=opened.grad_sink_RV,
             kernel=self.kernel,

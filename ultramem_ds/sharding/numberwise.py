@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from ultramem_ds.config.schema import MemoryConfig
-from ultramem_ds.kernels import lookup_reduce
+from ultramem_ds.kernels import lookup_reduce, resolve
+from ultramem_ds.kernels.base import Kernel
 from ultramem_ds.sharding.comm import Comm
 from ultramem_ds.sharding.scheme import Scheme, Splits, agree_on_splits, count_bad_rows
 from ultramem_ds.sharding.shard import TableShard
@@ -51,13 +52,13 @@ class NumberWise(Scheme[NumberWiseRequest]):
         route = self.route(rows_TK, block_rows, self.comm.world_size)
         num_bad = count_bad_rows(rows_TK, spec)
         (splits,) = agree_on_splits(self.comm, (route.counts_P,), num_bad, spec)
-        ids_M = route.send_M.to(id_dtype(block_rows))
+        ids_M = route.send_M[: sum(splits.send)].to(id_dtype(block_rows))
         wanted_M = self.comm.all_to_all(ids_M, splits.send, splits.recv, "ids")
         return NumberWiseRequest(wanted_M, splits, route.position_TK, projectors_TK, scores_TKh)
 
     def compute(self, request: NumberWiseRequest) -> Tensor:
         """The rows asked for, (M, V) in the wire's dtype."""
-        rows_MV = gather_rows(self.shard, request.wanted_M.long())
+        rows_MV = gather_rows(self.shard, request.wanted_M.long(), self.kernel)
         return rows_MV.to(self.wire_dtype)
 
     def output_dist(self, answer: Tensor, request: NumberWiseRequest) -> Tensor:
@@ -74,25 +75,29 @@ class NumberWise(Scheme[NumberWiseRequest]):
         )
 
 
-def gather_rows(shard: TableShard, rows_M: Tensor) -> Tensor:
+def gather_rows(shard: TableShard, rows_M: Tensor, kernel: str) -> Tensor:
     """values[rows], (M, V); the backward adds into the shard's gradient instead of the graph."""
     opened = shard.open(rows_M)
     values_RV = opened.values_RV.requires_grad_(torch.is_grad_enabled())
-    rows_MV: Tensor = _GatherRows.apply(values_RV, opened.rows, opened.grad_sink_RV)
+    rows_MV: Tensor = _GatherRows.apply(
+        values_RV, opened.rows, opened.grad_sink_RV, resolve(kernel, values_RV.device)
+    )
     return rows_MV
 
 
 class _GatherRows(torch.autograd.Function):
-    """Row gather whose gradient is accumulated in place, in fp32, in row order of the request."""
+    """Row gather whose gradient is accumulated in place, in fp32, in the order of the request."""
 
     @staticmethod
-    def forward(ctx: Any, values_RV: Tensor, rows_M: Tensor, grad_RV: Tensor | None) -> Tensor:
+    def forward(
+        ctx: Any, values_RV: Tensor, rows_M: Tensor, grad_RV: Tensor | None, kernel: Kernel
+    ) -> Tensor:
         ctx.save_for_backward(rows_M)
-        ctx.grad_RV = grad_RV
+        ctx.grad_RV, ctx.kernel = grad_RV, kernel
         return values_RV.index_select(0, rows_M)
 
     @staticmethod
-    def backward(ctx: Any, grad_MV: Tensor) -> tuple[None, None, None]:
+    def backward(ctx: Any, grad_MV: Tensor) -> tuple[None, None, None, None]:
         (rows_M,) = ctx.saved_tensors
-        ctx.grad_RV.index_add_(0, rows_M, grad_MV.to(ctx.grad_RV.dtype))
-        return None, None, None
+        ctx.kernel.add_rows_(ctx.grad_RV, rows_M, grad_MV.to(ctx.grad_RV.dtype))
+        return None, None, None, None

@@ -14,7 +14,13 @@ from torch import Tensor
 
 from ultramem_ds.kernels import bag_reduce
 from ultramem_ds.sharding.scheme import Scheme, Splits, agree_on_splits, count_bad_rows
-from ultramem_ds.sharding.table_plan import bag_starts, id_dtype, mark_bag_starts, route_bags
+from ultramem_ds.sharding.table_plan import (
+    bag_starts,
+    id_dtype,
+    mark_bag_starts,
+    nonzero_places,
+    route_bags,
+)
 
 
 @dataclass(frozen=True)
@@ -54,7 +60,7 @@ class OwnerPooled(Scheme[OwnerPooledRequest]):
             self.comm.all_to_all(ids_M, splits.send, splits.recv, "ids"),
             self.comm.all_to_all(scores_Mh, splits.send, splits.recv, "scores"),
             bag_splits,
-            route.slot_M[route.starts_M],
+            route.slot_M[nonzero_places(route.starts_M, sum(bag_splits.send))],
             rows_TK.shape[0],
         )
 

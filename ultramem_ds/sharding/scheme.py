@@ -6,6 +6,7 @@ Letters: T tokens, K rows per token, h cores, E expansion, V value width, P rank
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
@@ -84,12 +85,16 @@ class Local(Scheme[LocalRequest]):
     def input_dist(
         self, rows_TK: Tensor, projectors_TK: Tensor, scores_TKh: Tensor
     ) -> LocalRequest:
-        """Checks the row ids; nothing travels."""
-        num_bad = int(count_bad_rows(rows_TK, self.shard.spec))
-        if num_bad:
-            raise RowRangeError(
-                _range_message({self.comm.global_rank(0): num_bad}, self.shard.spec)
-            )
+        """Checks the row ids; nothing travels.
+
+        A CPU says which rank had bad ids; elsewhere the device stops, for the host does not ask.
+        """
+        spec, rank = self.shard.spec, self.comm.global_rank(0)
+        num_bad = count_bad_rows(rows_TK, spec)
+        if num_bad.device.type != "cpu":
+            torch._assert_async(num_bad == 0, _range_message({rank: "some"}, spec))
+        elif num_bad:
+            raise RowRangeError(_range_message({rank: int(num_bad)}, spec))
         return LocalRequest(rows_TK, projectors_TK, scores_TKh)
 
     def compute(self, request: LocalRequest) -> Tensor:
@@ -156,6 +161,6 @@ def agree_on_splits(
     return [Splits(send, recv) for send, recv in zip(sends, recvs)]
 
 
-def _range_message(offenders: dict[int, int], spec: TableSpec) -> str:
+def _range_message(offenders: Mapping[int, int | str], spec: TableSpec) -> str:
     who = ", ".join(f"rank {rank}: {count} ids" for rank, count in offenders.items())
     return f"{spec.name}: row ids outside 0..{spec.num_rows - 1} were looked up ({who})"

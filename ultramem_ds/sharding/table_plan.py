@@ -127,13 +127,24 @@ class Route:
     """How looked-up entries leave this rank and where their answers land.
 
     ``send_M`` holds each entry's row within its owner's block, entries grouped by owner;
-    ``counts_P`` how many go to each owner; the answer to entry (t, k) is row
-    ``position_TK[t, k]`` of the answers laid out in the order sent.
+    ``counts_P`` how many go to each owner: their sum is how much of ``send_M`` is sent, which the
+    device knows and the host only once counts have been exchanged. The answer to entry (t, k) is
+    row ``position_TK[t, k]`` of the answers laid out in the order sent.
     """
 
     send_M: Tensor
     counts_P: Tensor
     position_TK: Tensor
+
+
+def count_ids(ids_M: Tensor, num_ids: int, weights_M: Tensor | None = None) -> Tensor:
+    """How often each of 0 .. num_ids - 1 occurs (or sums of int64 weights), without a host sync.
+
+    ``torch.bincount`` asks the device for the largest id before it allocates.
+    """
+    if weights_M is None:
+        weights_M = torch.ones_like(ids_M)
+    return ids_M.new_zeros(num_ids).scatter_add_(0, ids_M, weights_M)
 
 
 def route_entries(rows_TK: Tensor, block_rows: int, world_size: int) -> Route:
@@ -151,7 +162,7 @@ def route_entries(rows_TK: Tensor, block_rows: int, world_size: int) -> Route:
     position_M = torch.empty_like(order_M)
     position_M[order_M] = torch.arange(order_M.numel(), device=order_M.device)
     send_M = (rows_M - owner_M * block_rows)[order_M]
-    counts_P = torch.bincount(owner_M, minlength=world_size)
+    counts_P = count_ids(owner_M, world_size)
     return Route(send_M, counts_P, position_M.view(rows_TK.shape))
 
 
@@ -159,12 +170,18 @@ def route_distinct(rows_TK: Tensor, block_rows: int, world_size: int) -> Route:
     """Each distinct row travels once; entries that share a row share its answer.
 
     Example with P = 2, R = 4: rows [[5, 1], [1, 6]] send [1 | 1, 2], counts [1, 2], and the
-    positions are [[1, 0], [0, 2]].
+    positions are [[1, 0], [0, 2]]. What lies in ``send_M`` behind the distinct rows is not sent.
     """
-    distinct_M, position_TK = torch.unique(rows_TK, sorted=True, return_inverse=True)
-    owner_M = torch.div(distinct_M, block_rows, rounding_mode="floor").clamp_(0, world_size - 1)
-    counts_P = torch.bincount(owner_M, minlength=world_size)
-    return Route(distinct_M - owner_M * block_rows, counts_P, position_TK)
+    sorted_M, order_M = torch.sort(rows_TK.reshape(-1), stable=True)
+    first_M = torch.ones_like(sorted_M)
+    first_M[1:] = sorted_M[1:] != sorted_M[:-1]
+    place_M = first_M.cumsum(0) - 1  # of the entry's row among the distinct ones
+    owner_M = torch.div(sorted_M, block_rows, rounding_mode="floor").clamp_(0, world_size - 1)
+    # Entries of one row write the same number to the same place.
+    send_M = torch.zeros_like(sorted_M).scatter_(0, place_M, sorted_M - owner_M * block_rows)
+    position_M = torch.empty_like(place_M).scatter_(0, order_M, place_M)
+    counts_P = count_ids(owner_M, world_size, first_M)
+    return Route(send_M, counts_P, position_M.view(rows_TK.shape))
 
 
 @dataclass(frozen=True)
@@ -213,8 +230,8 @@ def route_bags(
         send_M=rows_M[order_M] - owner_M * block_rows,
         slot_M=slot_M[order_M],
         starts_M=starts_M,
-        counts_P=torch.bincount(owner_M, minlength=world_size),
-        bag_counts_P=torch.bincount(owner_M[starts_M], minlength=world_size),
+        counts_P=count_ids(owner_M, world_size),
+        bag_counts_P=count_ids(owner_M, world_size, starts_M.long()),
     )
 
 
@@ -223,9 +240,14 @@ def mark_bag_starts(rows_M: Tensor, starts_M: Tensor) -> Tensor:
     return torch.where(starts_M, ~rows_M, rows_M)
 
 
+def nonzero_places(mask_M: Tensor, count: int) -> Tensor:
+    """Where a mask is True; the caller knows how often, so that the device need not be asked."""
+    return torch.nonzero_static(mask_M, size=count).view(-1)
+
+
 def bag_starts(marked_M: Tensor, num_bags: int) -> tuple[Tensor, Tensor]:
     """Undoes ``mark_bag_starts``: int64 rows_M, and offsets_B1 of the bags among them."""
-    starts_B = torch.nonzero_static(marked_M < 0, size=num_bags).view(-1)
+    starts_B = nonzero_places(marked_M < 0, num_bags)
     offsets_B1 = torch.cat([starts_B, starts_B.new_tensor([marked_M.numel()])])
     return torch.where(marked_M < 0, ~marked_M, marked_M).long(), offsets_B1
 

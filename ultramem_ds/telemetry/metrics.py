@@ -14,6 +14,7 @@ from types import MappingProxyType
 from typing import Any
 
 from ultramem_ds.telemetry.board import TASKS_GROUP, VALIDATION_GROUP, Board, scalars
+from ultramem_ds.utils.files import to_json
 from ultramem_ds.utils.lines import LineFile
 
 METRICS = "metrics.jsonl"
@@ -86,13 +87,16 @@ class MetricsWriter:
         self._board.close()
 
     def write_step(self, record: dict[str, Any]) -> None:
-        """Write one optimizer step; ``record`` holds ``step`` and numbers (or lists of numbers)."""
-        self._metrics.write(json.dumps(record))
+        """Write one optimizer step; ``record`` holds ``step`` and numbers (or lists of numbers).
+
+        Numbers that are not finite become null.
+        """
+        self._metrics.write(to_json(record))
         self._board.write(record["step"], scalars(record))
 
     def write_validation(self, step: int, losses: dict[str, float]) -> None:
         """Write validation losses by subset, nats per token; ``all`` is the token-weighted mean."""
-        self._validation.write(json.dumps({"step": step, **losses}))
+        self._validation.write(to_json({"step": step, **losses}))
         self._board.write(
             step, {f"{VALIDATION_GROUP}/{name}": loss for name, loss in losses.items()}
         )

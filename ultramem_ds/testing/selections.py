@@ -18,9 +18,12 @@ import torch
 from torch import Tensor
 
 from ultramem_ds.data.micro_batch import MicroBatch
+from ultramem_ds.kernels import resolve
+from ultramem_ds.kernels.dots import exact_scores
+from ultramem_ds.kernels.pairs import grid_scores, pair_scores
 from ultramem_ds.model.lm import LanguageModel
-from ultramem_ds.model.memory.forms import ScoreForm
 from ultramem_ds.model.memory.retrieval import Retrieval, Select
+from ultramem_ds.model.memory.scores import ScoreForm
 
 # (memory layer, global sample) -> slots (S, H, m), int64, best first.
 Slots: TypeAlias = dict[tuple[int, int], Tensor]
@@ -104,7 +107,7 @@ class SelectionLog:
     ) -> Tensor:
         """Distance of the m-th and the next candidate, relative, least of both sides, (F,)."""
         tokens_T = flipped_TH.any(-1)
-        scores_2THn = torch.einsum(retrieval._product(""), queries[tokens_T], search)
+        scores_2THn = retrieval.search_product(queries[tokens_T], search)
         best_2THm = scores_2THn.topk(retrieval.top_m + 1, dim=-1).values
         gap_2TH = (best_2THm[..., -2] - best_2THm[..., -1]) / scores_2THn.abs().amax(-1)
         return gap_2TH.amin(0)[flipped_TH[tokens_T]]
@@ -115,8 +118,17 @@ def slot_scores(
 ) -> Tensor:
     """Scores per core (T, H, m, h) of given slots, differentiable as those of selected ones."""
     index_2THm = torch.stack([slots_THm // retrieval.num_keys, slots_THm % retrieval.num_keys])
-    scores_2THmr = retrieval._exact_scores(queries, keys_2Hnrd, index_2THm)
-    return form.pair_scores(*scores_2THmr.unbind(0))
+    scores_2THmr = _exact_scores(retrieval, queries, keys_2Hnrd, index_2THm)
+    return pair_scores(form.core_hHrr, *scores_2THmr.unbind(0))
+
+
+def _exact_scores(
+    retrieval: Retrieval, queries: Tensor, keys_2Hnrd: Tensor, index_2THm: Tensor
+) -> Tensor:
+    """Row and column scores (2, T, H, m, r) of chosen keys."""
+    kernel = resolve(retrieval.kernel, queries.device)
+    groups_2Hr = retrieval.groups(keys_2Hnrd)
+    return exact_scores(kernel, queries.flatten(1, -2), groups_2Hr, keys_2Hnrd, index_2THm)
 
 
 def _exchanged(own_Fm: Tensor, imposed_Fm: Tensor) -> Tensor:
@@ -143,9 +155,9 @@ def round_before_ranking(retrieval: Retrieval, bits: int) -> None:
         form: ScoreForm, queries: Tensor, keys_2Hnrd: Tensor, search: Tensor
     ) -> tuple[Tensor, Tensor]:
         with torch.no_grad():
-            found_2THm = best(torch.einsum(retrieval._product(""), queries, search))
-            scores_2THmr = retrieval._exact_scores(queries, keys_2Hnrd, found_2THm)
-            pairs_THm = best(form.grid(*scores_2THmr.unbind(0)).flatten(-2))
+            found_2THm = best(retrieval.search_product(queries, search))
+            scores_2THmr = _exact_scores(retrieval, queries, keys_2Hnrd, found_2THm)
+            pairs_THm = best(grid_scores(form.core_hHrr, *scores_2THmr.unbind(0)).flatten(-2))
             picks_2THm = torch.stack([pairs_THm // m, pairs_THm % m])
             rows_THm, cols_THm = found_2THm.gather(-1, picks_2THm).unbind(0)
             slots_THm = rows_THm * retrieval.num_keys + cols_THm

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,63 +12,28 @@ from torch import Tensor
 
 from ultramem_ds.checkpoint import directory as checkpoints
 from ultramem_ds.checkpoint.parameters import parameter_records
-from ultramem_ds.checkpoint.safe import DamagedCheckpointError, safe_load
+from ultramem_ds.checkpoint.safe import DamagedCheckpointError
 from ultramem_ds.checkpoint.saver import Saver
+from ultramem_ds.checkpoint.weights import WeightSource
 from ultramem_ds.config.deepspeed import BatchPlan, engine_config, zero_stage
 from ultramem_ds.config.load import to_dict
 from ultramem_ds.config.schema import Config
 from ultramem_ds.data.micro_batch import MicroBatch
 from ultramem_ds.data.skips import NO_SKIPS, SkipRanges
 from ultramem_ds.model.lm import LanguageModel
-from ultramem_ds.optim.decision import Decision
 from ultramem_ds.optim.param_groups import SCHEDULES
 from ultramem_ds.sharding.comm import Comm
 from ultramem_ds.telemetry.memory_stats import MemoryStatistics
 from ultramem_ds.telemetry.phases import Phases
 from ultramem_ds.telemetry.telemetry import Telemetry
+from ultramem_ds.train.rng import load_rng, rng_file, rng_states
+from ultramem_ds.train.step import StepResult
 from ultramem_ds.watch.guards import StepGuard
 from ultramem_ds.watch.signals import Ballot, StopRequest
 from ultramem_ds.zero.engine_checkpoint import EngineCheckpoint
 from ultramem_ds.zero.gate import StepGate, poison_unless_finite
 from ultramem_ds.zero.parallelize import parallelize
 from ultramem_ds.zero.runtime import Ranks
-
-
-@dataclass(frozen=True)
-class StepResult:
-    """What one optimizer step measured, averaged over ranks and micro-batches.
-
-    Attributes:
-        loss: next-token cross-entropy, nats.
-        aux_loss: weighted auxiliary loss of the memory layers (eq. 12).
-        balance_loss: weighted load-balance loss of MoE.
-        decision: about the step, with the global gradient norm before clipping.
-        suspects: if it was skipped, by rank the samples of micro-batches without a finite loss.
-        lr: learning rate of everything but value tables.
-        lr_values: learning rate of value tables; None without any.
-        expert_share: per MoE block, each expert's share of the routed tokens; empty without MoE.
-        memory: statistics of the memory layers where a window of ``memory.stats_every`` ends.
-    """
-
-    loss: float
-    aux_loss: float
-    balance_loss: float
-    decision: Decision
-    suspects: dict[int, tuple[int, ...]]
-    lr: float
-    lr_values: float | None
-    expert_share: list[list[float]]
-    memory: dict[str, float]
-
-    @property
-    def grad_norm(self) -> float:
-        """Global gradient norm before clipping; infinite where a gradient is not finite."""
-        return self.decision.grad_norm
-
-    @property
-    def clipped_to(self) -> float | None:
-        """The limit that a spike's gradient was clipped to, if it was one."""
-        return self.decision.clip_grad if self.decision.spike and self.decision.apply else None
 
 
 class TrainEngine:
@@ -278,11 +242,20 @@ class TrainEngine:
             guard=self.guard.state(),
             micro_batch_size=self.batches.micro_batch_size,
         )
-        self.saver.begin(run_dir, state, {_rng_file(self.ranks): _rng_states(self.ranks)})
+        self.saver.begin(run_dir, state, {rng_file(self.ranks): rng_states(self.ranks)})
         if wait:
             self.saver.finish()
             if self.saver.failure:
                 raise OSError(self.saver.failure)
+
+    def start_from(self, weights: WeightSource) -> None:
+        """Take weights from elsewhere, before the first step.
+
+        Raises:
+            ValueError: on every rank, if some rank cannot read its part.
+        """
+        self.checkpoint.start_from(weights)
+        self.model.mark_stale()
 
     def load(self, checkpoint: Path) -> checkpoints.TrainerState:
         """Restore parameters, optimizer state and random-number states, from any world size.
@@ -295,7 +268,7 @@ class TrainEngine:
             state = checkpoints.read_trainer_state(checkpoint)
         self.checkpoint.load(checkpoint)
         if state.world_size == self.ranks.world_size:
-            _load_rng(checkpoint / _rng_file(self.ranks), self.ranks)
+            load_rng(checkpoint / rng_file(self.ranks), self.ranks)
         self.guard.load_state(state.guard)
         self.statistics.window.reset()
         self.model.mark_stale()
@@ -339,23 +312,3 @@ class TrainEngine:
 
     def _number(self, value: int) -> Tensor:
         return torch.tensor(float(value), device=self.ranks.device)
-
-
-def _rng_file(ranks: Ranks) -> str:
-    return f"rng_rank_{ranks.rank:05d}.pt"
-
-
-def _rng_states(ranks: Ranks) -> dict[str, Tensor]:
-    states = {"cpu": torch.get_rng_state()}
-    if ranks.device.type == "cuda":
-        states["cuda"] = torch.cuda.get_rng_state(ranks.device)
-    return states
-
-
-def _load_rng(path: Path, ranks: Ranks) -> None:
-    if not path.exists():  # made by a conversion, not by a run
-        return
-    states = safe_load(path, mmap=False)
-    torch.set_rng_state(states["cpu"])
-    if ranks.device.type == "cuda" and "cuda" in states:
-        torch.cuda.set_rng_state(states["cuda"], ranks.device)

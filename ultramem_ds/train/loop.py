@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import time
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,23 +16,25 @@ from ultramem_ds.data.loader import BatchLoader
 from ultramem_ds.data.micro_batch import Boundaries
 from ultramem_ds.data.mixture import Mixture
 from ultramem_ds.data.skips import Range, SkipRanges, format_ranges
-from ultramem_ds.data.tokenizers import load_tokenizer, replace_tokenizer
 from ultramem_ds.planning.batches import agree_on_batches
 from ultramem_ds.sharding.comm import Comm
 from ultramem_ds.telemetry.board import hyper_parameters
 from ultramem_ds.telemetry.memory_use import peak_memory_bytes
 from ultramem_ds.telemetry.metrics import MetricsWriter
 from ultramem_ds.telemetry.phases import Phases
-from ultramem_ds.train.engine import StepResult, TrainEngine
+from ultramem_ds.train.engine import TrainEngine
 from ultramem_ds.train.evaluate import Reader, SubsetLoss, evaluate
 from ultramem_ds.train.judge import Judge, MakeJudge
+from ultramem_ds.train.records import StepRecords, realised_shares
 from ultramem_ds.train.rollback import roll_back
 from ultramem_ds.train.run import Run, skips_of
+from ultramem_ds.train.run_dir import prepare_run_dir
+from ultramem_ds.train.step import StepResult
+from ultramem_ds.utils.console import LOGS, LibraryOutput
 from ultramem_ds.utils.files import write_json
 from ultramem_ds.watch.desync import DesyncGuard, code_digest, digest
 from ultramem_ds.watch.faultlog import log_fault
 from ultramem_ds.watch.guards import BadStep, TooManyBadStepsError
-from ultramem_ds.watch.roster import Roster
 from ultramem_ds.watch.runlock import only_job
 from ultramem_ds.watch.signals import StopRequest
 from ultramem_ds.watch.watchdog import Watchdog
@@ -39,11 +42,14 @@ from ultramem_ds.zero.replicated import replicated, replicated_blocks
 from ultramem_ds.zero.runtime import Ranks, runtime
 
 
-def train(run: Run, make_judge: MakeJudge | None = None) -> dict[str, Any]:
+def train(
+    run: Run, libraries: LibraryOutput | None = None, make_judge: MakeJudge | None = None
+) -> dict[str, Any]:
     """Train to ``train.max_steps`` (or ``train.stop_at_step``); returns the run's summary.
 
     Args:
         run: checked.
+        libraries: what they print, to be kept in the run directory; None leaves it where it goes.
         make_judge: evaluates ``train.tasks``.
 
     Returns:
@@ -61,19 +67,18 @@ def train(run: Run, make_judge: MakeJudge | None = None) -> dict[str, Any]:
     stop = StopRequest()
     with stop.listening(), runtime() as ranks, contextlib.ExitStack() as stack:
         comm = Comm()
-        job = ""
+        start: tuple[str, Path | None] = ("", None)
         with comm.raising_together(ValueError), comm.raising_together(OSError):
             if ranks.is_main:
                 if judge is not None:
                     judge.prepare()
                 stack.enter_context(only_job(run.run_dir))
-                job = _prepare_run_dir(run)
-        job = comm.from_first(job)
+                start = prepare_run_dir(run)
+        # Another node's view of a shared directory may be older.
+        job, latest = comm.from_first(start)
+        if libraries is not None:
+            libraries.keep(run.run_dir / LOGS / f"rank-{ranks.rank:05d}.log")
         stack.enter_context(Watchdog(run.run_dir, job, ranks, phases, run.config.train.watchdog_s))
-        # An earlier job may have saved once more before it let go of the directory; another node's
-        # view of a shared one may be older.
-        latest = checkpoints.newest_readable(run.run_dir) if ranks.is_main else None
-        latest = comm.from_first(latest)
         return _train(replace(run, resume_from=latest), ranks, phases, stop, judge)
 
 
@@ -102,18 +107,14 @@ def _train(
         done_step = loaded.step
         if ranks.is_main:
             print(f"resuming {run.run_dir} from step {done_step}", flush=True)
+    elif run.origin is not None:
+        with engine.comm.raising_together(ValueError):
+            weights = run.origin.open(ranks.rank)
+        engine.start_from(weights)
     skips = skips_of(run.skip_samples, loaded)
     if skips.ranges and ranks.is_main:
         print(f"jumping over samples {format_ranges(skips.ranges)}", flush=True)
     return _Loop(run, ranks, engine, run.mixture, skips, done_step, last_step, judge).run_to_end()
-
-
-def _prepare_run_dir(run: Run) -> str:
-    checkpoints.checkpoints_dir(run.run_dir).mkdir(parents=True, exist_ok=True)
-    write_json(run.run_dir / "config.json", to_dict(run.config))
-    write_json(run.run_dir / "deepspeed.json", run.deepspeed_json)
-    replace_tokenizer(load_tokenizer(run.data_dir), run.run_dir)
-    return Roster.reset(run.run_dir)
 
 
 class _Loop:
@@ -148,8 +149,7 @@ class _Loop:
         )
         self.done_step = done_step
         self.last_step = last_step
-        self.tokens_per_step = run.config.train.global_batch_size * run.config.model.seq_len
-        self.step_times_s: list[float] = []
+        self.records = StepRecords(run.config, last_step)
         self.val_loss: float | None = None
 
     def run_to_end(self) -> dict[str, Any]:
@@ -191,7 +191,7 @@ class _Loop:
                 self.engine.phases.begin_step(step + 1)
                 begin = time.perf_counter()
                 result = self.engine.train_step(micro_batches, step)
-                self.step_times_s.append(time.perf_counter() - begin)
+                self.records.step_times_s.append(time.perf_counter() - begin)
                 self._after_step(step + 1, result, writer)
                 if self.engine.stopping:
                     return step + 1
@@ -212,7 +212,7 @@ class _Loop:
             if bad is not None:
                 log_fault(self.run.run_dir, "bad step", bad.describe(), **bad.to_dict())
             if step % train.log_every == 0 or last or step == self.done_step + 1:
-                print(self._console_line(step, result), flush=True)
+                print(self.records.line(step, result), flush=True)
         self.engine.guard.check()
         if self.judge is not None and self._due(step, train.tasks_every):
             with self.engine.phases("tasks"):
@@ -267,53 +267,16 @@ class _Loop:
         size = self.config.train.global_batch_size
         return self.skips.samples((step - 1) * size, step * size)
 
-    def _shares(self, step: int) -> dict[str, float]:
-        """Realised share of each subset after ``step`` steps."""
-        total: dict[str, float] = dict.fromkeys(self.mixture.subsets, 0.0)
-        consumed = step * self.config.train.global_batch_size
-        for begin, end in self.skips.samples(0, consumed):
-            for name, share in self.mixture.proportions(begin, end).items():
-                total[name] += share * (end - begin) / consumed
-        return total
-
     def _record(self, step: int, result: StepResult, bad: BadStep | None) -> dict[str, Any]:
-        step_time_s = self.step_times_s[-1]
-        record: dict[str, Any] = {
-            "step": step,
-            "loss": result.loss,
-            "grad_norm": result.grad_norm,
-            "tokens": step * self.tokens_per_step,
-            "lr": result.lr,
-            "lr_values": result.lr_values,  # null without value tables
+        consumed = step * self.config.train.global_batch_size
+        shares = realised_shares(self.mixture, self.skips, consumed)
+        speed = self.records.speed
+        return {
+            **self.records.record(step, result, bad, self.engine.guard.bad_steps),
+            **{f"data/{name}": share for name, share in shares.items()},
+            **speed,
+            **self.engine.telemetry.read(speed["tokens_per_s"]),
         }
-        if result.lr_values is not None:
-            record["aux_loss"] = result.aux_loss
-        if result.expert_share:
-            record |= {"balance_loss": result.balance_loss, "expert_share": result.expert_share}
-        if self.engine.guard.bad_steps:
-            record["bad_steps"] = self.engine.guard.bad_steps
-        if result.clipped_to is not None:
-            record["grad_spike_clipped_to"] = result.clipped_to
-        if bad is not None:
-            record |= bad.to_dict()
-        return record | {
-            **result.memory,
-            **{f"data/{name}": share for name, share in self._shares(step).items()},
-            "tokens_per_s": self.tokens_per_step / step_time_s,
-            "step_time_s": step_time_s,
-            **self.engine.telemetry.read(self.tokens_per_step / step_time_s),
-        }
-
-    def _console_line(self, step: int, result: StepResult) -> str:
-        recent = self.step_times_s[-self.config.train.log_every :]
-        step_s = sum(recent) / len(recent)
-        eta_s = int(step_s * (self.last_step - step))
-        return (
-            f"{self.config.preset} step {step:>6}/{self.last_step}  loss {result.loss:.4f}  "
-            f"grad_norm {result.grad_norm:.3f}  lr {result.lr:.2e}  "
-            f"{self.tokens_per_step / step_s:,.0f} tokens/s  "
-            f"ETA {eta_s // 3600:d}:{eta_s // 60 % 60:02d}:{eta_s % 60:02d}"
-        )
 
     def _run_tasks(self, step: int, judge: Judge, writer: MetricsWriter | None) -> None:
         scores = judge.evaluate(self.engine)
@@ -351,7 +314,6 @@ class _Loop:
         )
 
     def _summary(self) -> dict[str, Any]:
-        steady = sorted(self.step_times_s[1:] or self.step_times_s)
         peak = torch.tensor(float(peak_memory_bytes(self.ranks.device)), device=self.ranks.device)
         summary = {
             "preset": self.config.preset,
@@ -359,7 +321,7 @@ class _Loop:
             "zero_stage": self.engine.zero_stage,
             "world_size": self.ranks.world_size,
             "val_loss": self.val_loss,
-            "tokens_per_s": self.tokens_per_step / steady[len(steady) // 2],
+            "tokens_per_s": self.records.steady_tokens_per_s,
             "peak_memory_bytes": int(self.engine.comm.all_reduce_max_(peak)),
             "phase_s": self.engine.telemetry.finish(),
             "peak_flops_from": self.engine.telemetry.peak_source,

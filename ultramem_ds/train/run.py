@@ -20,7 +20,6 @@ from ultramem_ds.config.deepspeed import (
     load_deepspeed_json,
     zero_stage,
 )
-from ultramem_ds.config.load import changed_keys, from_dict, to_dict
 from ultramem_ds.config.schema import Config
 from ultramem_ds.data.mixture import Mixture
 from ultramem_ds.data.same_tokenizer import data_tokenizer, require_same
@@ -30,25 +29,9 @@ from ultramem_ds.planning.batches import plan_batches
 from ultramem_ds.planning.experts import expert_layout
 from ultramem_ds.planning.planner import resolve_partition
 from ultramem_ds.telemetry.peak_flops import peak_from_environment
+from ultramem_ds.train.going_on import changes_since, check_changes
+from ultramem_ds.train.init_from import Origin, check_origin, check_started_from, open_origin
 from ultramem_ds.zero.deepspeed_import import check_engine_config
-
-# On resume these keys may differ; any other changed key is refused by name.
-RESUMABLE_KEYS = frozenset(
-    {
-        "memory.memory_gb_per_s",
-        "memory.partition",
-        "memory.rates_file",
-        "memory.shard_group_size",
-        "memory.wire_gb_per_s",
-        "train.micro_batch_size",
-        "train.save_every",
-        "train.stop_at_step",
-        "train.task_data",
-        "train.tasks",
-        "train.tasks_every",
-        "train.tasks_limit",
-    }
-)
 
 
 @dataclass(frozen=True)
@@ -66,6 +49,8 @@ class Run:
         vocab_size: entries of the tokenizer; the model's may be padded beyond.
         mixture: the order of the training data.
         skip_samples: ranges of global samples to jump over, beside those of the checkpoint.
+        extend: ``--extend``: go on under settings that were changed on purpose.
+        origin: where a fresh run takes its weights from; None initialises them.
     """
 
     config: Config
@@ -78,6 +63,8 @@ class Run:
     vocab_size: int
     mixture: Mixture
     skip_samples: tuple[Range, ...] = ()
+    extend: bool = False
+    origin: Origin | None = None
 
 
 def prepare_run(
@@ -87,8 +74,21 @@ def prepare_run(
     deepspeed_file: Path | None,
     world_size: int,
     skip_samples: Sequence[Range] = (),
+    *,
+    extend: bool = False,
+    init_from: Path | None = None,
 ) -> Run:
     """Check configuration, data, tokenizer, DeepSpeed JSON and world size against each other.
+
+    Args:
+        config: resolved configuration.
+        data_dir: prepared data.
+        run_dir: where the run lives.
+        deepspeed_file: DeepSpeed JSON; None takes the kind's own.
+        world_size: ranks.
+        skip_samples: what to jump over.
+        extend: see :class:`Run`.
+        init_from: a run or an exported model whose weights a fresh run starts from.
 
     Raises:
         ValueError: for the first thing that does not fit, saying what to change.
@@ -117,12 +117,18 @@ def prepare_run(
         weights=config.data.weights,
         seed=config.train.seed,
     )
+    origin = open_origin(init_from) if init_from is not None else None
+    if origin is not None:
+        check_origin(origin, config, data_dir, tokenizer)
     resume_from = checkpoints.newest_readable(run_dir)
     if resume_from is not None:
         require_same(run_dir, tokenizer, data_dir)
-        _check_data(resume_from, mixture)
-        _check_unchanged(resume_from, config)
-        skips_of(skip_samples, checkpoints.read_trainer_state(resume_from))
+        if origin is not None:
+            check_started_from(run_dir, origin)
+        state = checkpoints.read_trainer_state(resume_from)
+        changes = changes_since(resume_from, state, config, mixture.fingerprint)
+        check_changes(resume_from, state, changes, extend)
+        skips_of(skip_samples, state)
     return Run(
         config,
         data_dir,
@@ -134,6 +140,8 @@ def prepare_run(
         tokenizer.vocab_size,
         mixture,
         tuple(skip_samples),
+        extend,
+        origin,
     )
 
 
@@ -157,32 +165,3 @@ def _check_lookups(config: Config, world_size: int) -> None:
     if config.memory.kernel != "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
         resolve(config.memory.kernel, torch.device(device))
-
-
-def _check_data(checkpoint: Path, mixture: Mixture) -> None:
-    old = checkpoints.read_trainer_state(checkpoint).data_fingerprint
-    if old and old != mixture.fingerprint:  # none: an imported model, which has seen no data here
-        raise ValueError(
-            f"{checkpoint} was trained on other data (fingerprint {old[:12]}, here "
-            f"{mixture.fingerprint[:12]}); use the same --data or another --run-dir"
-        )
-
-
-def _check_unchanged(checkpoint: Path, config: Config) -> None:
-    try:
-        old = from_dict(checkpoints.read_trainer_state(checkpoint).config)
-    except ValueError as error:
-        raise ValueError(
-            f"{checkpoint} has a configuration that this program does not know: {error}; use the "
-            "version that trained it or another --run-dir"
-        ) from None
-    changed = [key for key in changed_keys(old, config) if key not in RESUMABLE_KEYS]
-    if changed:
-        a, b = to_dict(old), to_dict(config)
-        key = changed[0]
-        section, _, name = key.partition(".")
-        before, after = (v[section][name] if name else v[section] for v in (a, b))
-        raise ValueError(
-            f"{checkpoint} was trained with {key}={before!r}, not {after!r}; resume with the old "
-            "value or use another --run-dir"
-        )

@@ -90,8 +90,8 @@ class TooManyBadStepsError(ValueError):
         lines = "\n".join(f"  {bad.describe()}" for bad in steps)
         super().__init__(
             f"{len(steps)} steps in a row were skipped (train.max_bad_steps):\n{lines}\n"
-            "Look at the data with `inspect-data`, jump over it with --skip-samples A:B, lower "
-            "optim.lr, or let train.rollback=true go back and around it"
+            "Look at the data with `inspect-data`, jump over it with --skip-samples A:B, or, with "
+            "--extend, lower optim.lr or let train.rollback=true go back and around it"
         )
         self.steps = steps
 

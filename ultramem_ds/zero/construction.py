@@ -40,7 +40,7 @@ def build_model(
     construction = (
         partitioned_construction(engine_config) if partitioned else contextlib.nullcontext()
     )
-    with construction, contextlib.redirect_stdout(sys.stderr):
+    with construction, contextlib.redirect_stdout(sys.__stderr__):
         return LanguageModel(config, make_mlp, make_table)
 
 

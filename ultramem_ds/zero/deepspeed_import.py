@@ -1,6 +1,7 @@
 """Import DeepSpeed the way this project needs it; everyone else imports ``deepspeed`` from here.
 
-- What it logs and prints at import goes to stderr, so that ``--json`` output stays clean.
+- What it logs and prints goes to the process's first stderr, so that ``--json`` output stays clean
+  and that ``train`` can keep it off the console (``utils/console.py``).
 - Its shared-memory all-reduce is switched off: only tensor-parallel inference uses it, but every
   start would build it (half a minute the first time, and a stale build lock blocks later starts)
   and leave 66 MB in ``/dev/shm`` per rank.
@@ -38,7 +39,7 @@ def without_compiler() -> Iterator[None]:
         yield
 
 
-with contextlib.redirect_stdout(sys.stderr), without_compiler():
+with contextlib.redirect_stdout(sys.__stderr__), without_compiler():
     import deepspeed
     import deepspeed.comm
     import deepspeed.ops
@@ -78,7 +79,7 @@ def check_engine_config(engine_config: dict[str, Any]) -> None:
         "train_batch_size": engine_config[micro] * engine_config[steps],
     }
     try:
-        with contextlib.redirect_stdout(sys.stderr):
+        with contextlib.redirect_stdout(sys.__stderr__):
             deepspeed.DeepSpeedConfig(one_rank)
     except Exception as error:  # DeepSpeed raises what its parser finds: many types
         reason = " ".join(str(error).split()).partition(" For further information")[0]

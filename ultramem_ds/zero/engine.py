@@ -40,7 +40,7 @@ def start_engine(
     if config.model.kind == "moe":
         groups = deepspeed.moe.utils.split_params_into_different_moe_groups_for_optimizer(groups)
         groups = [group for group in groups if group["params"]]
-    with contextlib.redirect_stdout(sys.stderr), without_compiler():
+    with contextlib.redirect_stdout(sys.__stderr__), without_compiler():
         engine, _, _, _ = deepspeed.initialize(
             model=model,
             optimizer=make_optimizer(groups, config, engine_config),

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor, nn
 
 from ultramem_ds.checkpoint.fill import check_state, fill_state
 from ultramem_ds.checkpoint.host_copies import HostCopies
@@ -24,6 +25,7 @@ from ultramem_ds.checkpoint.reader import CheckpointReader
 from ultramem_ds.checkpoint.record import ParameterRecord, Store, write_layout
 from ultramem_ds.checkpoint.safe import DamagedCheckpointError
 from ultramem_ds.checkpoint.state import OptimizerState, OwnState
+from ultramem_ds.checkpoint.weights import WeightSource, fill_masters
 from ultramem_ds.sharding.comm import Comm
 from ultramem_ds.zero.capture import CapturingEngine, copy_recovery_scripts
 from ultramem_ds.zero.experts import padding_files
@@ -71,7 +73,7 @@ class EngineCheckpoint:
             copies: copies the state to host memory; without, it must be written before training
                 goes on.
         """
-        with contextlib.redirect_stdout(sys.stderr):
+        with contextlib.redirect_stdout(sys.__stderr__):
             self.engine.save_checkpoint(
                 str(directory), tag=tag, save_latest=False, exclude_frozen_parameters=True
             )
@@ -126,6 +128,20 @@ class EngineCheckpoint:
             state.publish()
         return same
 
+    def start_from(self, weights: WeightSource) -> None:
+        """Take weights and buffers from elsewhere; no moments, no steps taken.
+
+        Raises:
+            ValueError: on every rank, if any rank cannot read its part; the message says why.
+        """
+        states: list[OptimizerState] = [*self.own.values(), self.zero]
+        with self.comm.raising_together(ValueError):
+            for state in states:
+                fill_masters(weights, state)
+            copy_buffers(weights.buffers(), self.engine.module)
+        for state in states:
+            state.publish()
+
     def _same_pieces(self, reader: CheckpointReader) -> bool:
         """Whether DeepSpeed's part is laid out as it was on the same rank when saved.
 
@@ -152,13 +168,17 @@ class EngineCheckpoint:
 
     def _load_exactly(self, reader: CheckpointReader) -> None:
         checkpoint = reader.checkpoint
-        with contextlib.redirect_stdout(sys.stderr):
+        own = [dict(group, params=None) for group in self.engine.optimizer.param_groups]
+        with contextlib.redirect_stdout(sys.__stderr__):
             # Not strict: parameters that DeepSpeed does not train are not in its files.
             path, _ = self.engine.load_checkpoint(
                 str(checkpoint.parent), tag=checkpoint.name, load_module_strict=False
             )
         if path is None:
             raise DamagedCheckpointError(f"{checkpoint} could not be loaded by DeepSpeed")
+        # DeepSpeed's groups come with the settings they were saved with; this run's count.
+        for group, settings in zip(self.engine.optimizer.param_groups, own, strict=True):
+            group.update({key: value for key, value in settings.items() if key != "params"})
         with self.comm.raising_together(DamagedCheckpointError):
             check_state(checkpoint, self.zero)
 
@@ -174,7 +194,12 @@ def restore_counters(reader: CheckpointReader, engine: Any) -> None:
     engine.global_samples = saved["global_samples"]
     engine.skipped_steps = saved["skipped_steps"]
     engine.micro_steps = engine.global_steps * engine.gradient_accumulation_steps()
-    buffers = dict(engine.module.named_buffers())
+    copy_buffers({name: saved["module"][name] for name in saved["buffer_names"]}, engine.module)
+
+
+def copy_buffers(values: Mapping[str, Tensor], module: nn.Module) -> None:
+    """Copy persistent buffers by name into a module that has them."""
+    buffers = dict(module.named_buffers())
     with torch.no_grad():
-        for name in saved["buffer_names"]:
-            buffers[name].copy_(saved["module"][name])
+        for name, value in values.items():
+            buffers[name].copy_(value)

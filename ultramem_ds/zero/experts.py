@@ -79,7 +79,7 @@ class ExpertParallelMLP(nn.Module):
             use_rts=moe.use_rts,
             top2_2nd_expert_sampling=moe.top2_2nd_expert_sampling,
         )
-        with contextlib.redirect_stdout(sys.stderr):
+        with contextlib.redirect_stdout(sys.__stderr__):
             self.moe = deepspeed.moe.layer.MoE(
                 hidden_size=config.model.hidden_size,
                 expert=FeedForward(config.model.hidden_size, config.model.inner_size),

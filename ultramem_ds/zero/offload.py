@@ -53,7 +53,7 @@ def buildable_ops() -> dict[str, bool]:
     """Whether this machine has what compiling each of DeepSpeed's offload ops takes."""
     from deepspeed.ops.op_builder import AsyncIOBuilder, CPUAdamBuilder
 
-    with contextlib.redirect_stdout(sys.stderr):
+    with contextlib.redirect_stdout(sys.__stderr__):
         return {
             "cpu_adam": bool(CPUAdamBuilder().is_compatible(verbose=False)),
             "async_io": bool(AsyncIOBuilder().is_compatible(verbose=False)),
@@ -109,7 +109,7 @@ def build_op(builder: Any) -> None:
     with filelock.FileLock(f"{directory}.ultramem-lock", timeout=BUILD_TIMEOUT_S):
         remove_stale_lock(directory)
         try:
-            with contextlib.redirect_stdout(sys.stderr):
+            with contextlib.redirect_stdout(sys.__stderr__):
                 builder.load(verbose=False)
         except (RuntimeError, OSError) as error:
             reason = str(error).splitlines()[0] if str(error) else type(error).__name__

@@ -1,11 +1,10 @@
-"""Start and stop the process group: the same under ``deepspeed``, ``torchrun`` and plain Python."""
+"""Start and stop the process group: the same under any launcher and plain Python."""
 
 from __future__ import annotations
 
 import contextlib
 import logging
 import os
-import socket
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -13,7 +12,9 @@ from datetime import timedelta
 
 import torch
 
+from ultramem_ds.utils.environment import World, adopt
 from ultramem_ds.zero.deepspeed_import import deepspeed
+from ultramem_ds.zero.rendezvous import giving_up, meeting_point
 
 
 @dataclass(frozen=True)
@@ -38,24 +39,20 @@ class Ranks:
         return self.rank == 0
 
 
-def _free_port() -> int:
-    with socket.socket() as sock:
-        sock.bind(("127.0.0.1", 0))
-        return int(sock.getsockname()[1])
+def _cuda_device(world: World) -> torch.device:
+    """This rank's device; where each rank is shown one device of its own, that one.
 
-
-def _single_process_environment() -> None:
-    """What a launcher would have set; DeepSpeed would look for MPI instead."""
-    if "RANK" in os.environ:
-        return
-    os.environ.update(
-        RANK="0",
-        WORLD_SIZE="1",
-        LOCAL_RANK="0",
-        LOCAL_WORLD_SIZE="1",
-        MASTER_ADDR="127.0.0.1",
-        MASTER_PORT=str(_free_port()),
-    )
+    Raises:
+        ValueError: there are more ranks here than devices.
+    """
+    count = torch.cuda.device_count()
+    index = 0 if count == 1 and os.environ.get("CUDA_VISIBLE_DEVICES") else world.local_rank
+    if index >= count:
+        raise ValueError(
+            f"rank {world.rank} is number {world.local_rank} on a machine that shows {count} GPUs: "
+            "start as many ranks as it has"
+        )
+    return torch.device("cuda", index)
 
 
 @contextlib.contextmanager
@@ -67,25 +64,31 @@ def runtime(timeout_s: float = 1800.0) -> Iterator[Ranks]:
 
     Yields:
         Where this process stands.
+
+    Raises:
+        ValueError: it does not know where, or cannot meet the others.
     """
-    _single_process_environment()
-    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    world = adopt()
     cuda = torch.cuda.is_available()
-    device = torch.device("cuda", local_rank) if cuda else torch.device("cpu")
+    device = _cuda_device(world) if cuda else torch.device("cpu")
     if cuda:
         torch.cuda.set_device(device)
-    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
-    with contextlib.redirect_stdout(sys.stderr):
-        deepspeed.init_distributed(
-            "nccl" if cuda else "gloo", timeout=timedelta(seconds=timeout_s), verbose=False
-        )
-    try:
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(meeting_point(world))
+        logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+        with contextlib.redirect_stdout(sys.__stderr__), giving_up(world):
+            deepspeed.init_distributed(
+                "nccl" if cuda else "gloo", timeout=timedelta(seconds=timeout_s), verbose=False
+            )
+        stack.callback(_leave)
         yield Ranks(
-            rank=int(os.environ["RANK"]),
-            world_size=int(os.environ["WORLD_SIZE"]),
-            local_rank=local_rank,
+            rank=world.rank,
+            world_size=world.size,
+            local_rank=world.local_rank,
             device=device,
         )
-    finally:
-        if torch.distributed.is_initialized():
-            torch.distributed.destroy_process_group()
+
+
+def _leave() -> None:
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()

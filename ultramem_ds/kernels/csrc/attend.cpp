@@ -14,46 +14,46 @@
 #include <type_traits>
 #include <vector>
 
+#include "simd.h"
+
+namespace ultramem {
 namespace {
 
-constexpr int64_t kLanes = 16;
+constexpr int64_t kLanes = VectorOf<float>::lanes;
 constexpr int64_t kChunk = 64;  // positions whose keys or values stay in L1 for all query heads
 constexpr int kTile = 16;       // products in flight, one per lane of their sums
-typedef float Vector __attribute__((vector_size(4 * kLanes)));
-typedef int32_t Integers __attribute__((vector_size(4 * kLanes)));
-typedef float UnalignedVector __attribute__((vector_size(4 * kLanes), aligned(4)));
+using Floats = Vector<float>;
+typedef int32_t Integers __attribute__((vector_size(kVectorBytes)));
 
-inline Vector load(const float* p) { return *reinterpret_cast<const UnalignedVector*>(p); }
 // Keeps what has been loaded in its register: GCC would load it again for every product.
-inline void pin(Vector& v) {
+inline void pin(Floats& v) {
 #if defined(__AVX512F__)
   __asm__("" : "+v"(v));
 #else
   (void)v;
 #endif
 }
-inline void store(Vector v, float* p) { *reinterpret_cast<UnalignedVector*>(p) = v; }
 
 // The sum over the lanes of each of sixteen vectors, in their order.
-inline Vector sums_of_lanes(const Vector (&v)[kTile]) {
-  Vector eighths[8], quarters[4], halves[2];
+inline Floats sums_of_lanes(const Floats (&v)[kTile]) {
+  Floats eighths[8], quarters[4], halves[2];
 #pragma GCC unroll 16
   for (int i = 0; i < 8; ++i) {
-    const Vector a = v[2 * i], b = v[2 * i + 1];
+    const Floats a = v[2 * i], b = v[2 * i + 1];
     eighths[i] =
         __builtin_shufflevector(a, b, 0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23) +
         __builtin_shufflevector(a, b, 8, 9, 10, 11, 12, 13, 14, 15, 24, 25, 26, 27, 28, 29, 30, 31);
   }
 #pragma GCC unroll 16
   for (int i = 0; i < 4; ++i) {
-    const Vector a = eighths[2 * i], b = eighths[2 * i + 1];
+    const Floats a = eighths[2 * i], b = eighths[2 * i + 1];
     quarters[i] =
         __builtin_shufflevector(a, b, 0, 1, 2, 3, 8, 9, 10, 11, 16, 17, 18, 19, 24, 25, 26, 27) +
         __builtin_shufflevector(a, b, 4, 5, 6, 7, 12, 13, 14, 15, 20, 21, 22, 23, 28, 29, 30, 31);
   }
 #pragma GCC unroll 16
   for (int i = 0; i < 2; ++i) {
-    const Vector a = quarters[2 * i], b = quarters[2 * i + 1];
+    const Floats a = quarters[2 * i], b = quarters[2 * i + 1];
     halves[i] =
         __builtin_shufflevector(a, b, 0, 1, 4, 5, 8, 9, 12, 13, 16, 17, 20, 21, 24, 25, 28, 29) +
         __builtin_shufflevector(a, b, 2, 3, 6, 7, 10, 11, 14, 15, 18, 19, 22, 23, 26, 27, 30, 31);
@@ -65,14 +65,14 @@ inline Vector sums_of_lanes(const Vector (&v)[kTile]) {
 }
 
 // exp of numbers at most 0; relative error about 2e-7 (Cephes' polynomial).
-inline Vector exponential(Vector x) {
+inline Floats exponential(Floats x) {
   constexpr float kRound = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer
-  const Vector lowest = Vector{} - 87.0f;
+  const Floats lowest = Floats{} - 87.0f;
   x = x > lowest ? x : lowest;
-  const Vector shifted = x * 1.44269504f + kRound;
-  const Vector n = shifted - kRound;
-  const Vector f = x - n * 0.693359375f + n * 2.12194440e-4f;
-  Vector p = f * 1.9875691500e-4f + 1.3981999507e-3f;
+  const Floats shifted = x * 1.44269504f + kRound;
+  const Floats n = shifted - kRound;
+  const Floats f = x - n * 0.693359375f + n * 2.12194440e-4f;
+  Floats p = f * 1.9875691500e-4f + 1.3981999507e-3f;
   p = p * f + 8.3334519073e-3f;
   p = p * f + 4.1665795894e-2f;
   p = p * f + 1.6666665459e-1f;
@@ -81,24 +81,24 @@ inline Vector exponential(Vector x) {
   Integers bits;
   std::memcpy(&bits, &shifted, sizeof(bits));
   bits = (bits + 127) << 23;
-  Vector scale;
+  Floats scale;
   std::memcpy(&scale, &bits, sizeof(scale));
   return p * scale;
 }
 
 // Scores to exponentials, in place; returns their sum. Padded up to a multiple of 16 by -inf.
 float soften(float* scores, int64_t padded) {
-  Vector tops = load(scores);
+  Floats tops = load(scores);
   for (int64_t c = kLanes; c < padded; c += kLanes) {
-    const Vector next = load(scores + c);
+    const Floats next = load(scores + c);
     tops = next > tops ? next : tops;
   }
   float highest = tops[0];
   for (int64_t lane = 1; lane < kLanes; ++lane) highest = std::max(highest, tops[lane]);
-  Vector totals{};
+  Floats totals{};
   for (int64_t c = 0; c < padded; c += kLanes) {
-    const Vector e = exponential(load(scores + c) - highest);
-    store(e, scores + c);
+    const Floats e = exponential(load(scores + c) - highest);
+    store(scores + c, e);
     totals += e;
   }
   float total = 0;
@@ -121,15 +121,15 @@ void score(const Cached& keys, const float* query, int64_t begin, int64_t end, f
   constexpr int kKeys = kTile / kHeads;
   constexpr int kTogether = kHeads == 1 ? 1 : kKeys;  // a lone head's keys come one after another
   for (int64_t c = begin; c < end; c += kKeys) {
-    Vector products[kTile];
+    Floats products[kTile];
 #pragma GCC unroll 16
     for (int first = 0; first < kKeys; first += kTogether) {
-      Vector sums[kHeads][kTogether] = {};
+      Floats sums[kHeads][kTogether] = {};
       const float* rows[kTogether];
 #pragma GCC unroll 4
       for (int j = 0; j < kTogether; ++j) rows[j] = keys.row(c + first + j);
       for (int64_t k = 0; k < keys.width; k += kLanes) {
-        Vector key[kTogether];
+        Floats key[kTogether];
 #pragma GCC unroll 4
         for (int j = 0; j < kTogether; ++j) {
           key[j] = load(rows[j] + k);
@@ -137,7 +137,7 @@ void score(const Cached& keys, const float* query, int64_t begin, int64_t end, f
         }
 #pragma GCC unroll 4
         for (int g = 0; g < kHeads; ++g) {
-          Vector q = load(query + g * keys.width + k);
+          Floats q = load(query + g * keys.width + k);
           pin(q);
 #pragma GCC unroll 4
           for (int j = 0; j < kTogether; ++j) sums[g][j] += q * key[j];
@@ -148,7 +148,7 @@ void score(const Cached& keys, const float* query, int64_t begin, int64_t end, f
 #pragma GCC unroll 4
         for (int j = 0; j < kTogether; ++j) products[g * kKeys + first + j] = sums[g][j];
     }
-    const Vector totals = factor * sums_of_lanes(products);
+    const Floats totals = factor * sums_of_lanes(products);
     for (int g = 0; g < kHeads; ++g)
       std::memcpy(scores + g * padded + c, reinterpret_cast<const float*>(&totals) + g * kKeys,
                   kKeys * sizeof(float));
@@ -159,7 +159,7 @@ void score(const Cached& keys, const float* query, int64_t begin, int64_t end, f
 template <int kHeads, int kVectors>
 void pool(const Cached& values, const float* weights, int64_t padded, int64_t begin, int64_t end,
           int64_t k, float* result) {
-  Vector sums[kHeads][kVectors];
+  Floats sums[kHeads][kVectors];
 #pragma GCC unroll 16
   for (int g = 0; g < kHeads; ++g)
 #pragma GCC unroll 16
@@ -167,7 +167,7 @@ void pool(const Cached& values, const float* weights, int64_t padded, int64_t be
       sums[g][j] = load(result + g * values.width + k + j * kLanes);
   for (int64_t c = begin; c < end; ++c) {
     const float* row = values.rows + c * values.stride + k;
-    Vector value[kVectors];
+    Floats value[kVectors];
 #pragma GCC unroll 16
     for (int j = 0; j < kVectors; ++j) {
       value[j] = load(row + j * kLanes);
@@ -175,7 +175,7 @@ void pool(const Cached& values, const float* weights, int64_t padded, int64_t be
     }
 #pragma GCC unroll 16
     for (int g = 0; g < kHeads; ++g) {
-      Vector weight = Vector{} + weights[g * padded + c];
+      Floats weight = Floats{} + weights[g * padded + c];
       pin(weight);
 #pragma GCC unroll 16
       for (int j = 0; j < kVectors; ++j) sums[g][j] += weight * value[j];
@@ -185,7 +185,7 @@ void pool(const Cached& values, const float* weights, int64_t padded, int64_t be
   for (int g = 0; g < kHeads; ++g)
 #pragma GCC unroll 16
     for (int j = 0; j < kVectors; ++j)
-      store(sums[g][j], result + g * values.width + k + j * kLanes);
+      store(result + g * values.width + k + j * kLanes, sums[g][j]);
 }
 
 template <int kHeads>
@@ -207,6 +207,9 @@ void for_heads(int64_t group, const Body& body) {
 }
 
 }  // namespace
+}  // namespace ultramem
+
+using namespace ultramem;
 
 extern "C" {
 

@@ -185,9 +185,6 @@ int64_t pool(
   return -1;
 }
 
-// What the way back does with the table's gradient.
-enum class Table { kNone, kAdd, kWrite };
-
 // Where an entry of the backward reads and writes: its row, its bag's gradient, its row's gradient.
 template <typename T, typename A>
 struct BackwardEntry {
@@ -196,14 +193,15 @@ struct BackwardEntry {
   A* grad_row_V;
 };
 
-// N vectors of columns from `column` on: grad_row += score * grad (= for kWrite); returns row . grad.
-template <Table kTable, int N, typename T, typename A>
+// N vectors of columns from `column` on: grad_row += score * grad where the table wants a gradient;
+// returns row . grad.
+template <bool kTable, int N, typename T, typename A>
 inline A backward_tile(
     const BackwardEntry<T, A>& entry, const BackwardEntry<T, A>& next, int64_t column, A score) {
   constexpr int64_t lanes = VectorOf<A>::lanes;
   prefetch(next.row_V + column, N * lanes * sizeof(T));
   prefetch(next.grad_V + column, N * lanes * sizeof(T));
-  if constexpr (kTable != Table::kNone) {
+  if constexpr (kTable) {
     prefetch(next.grad_row_V + column, N * lanes * sizeof(A));
   }
   Vector<A> dots[N];
@@ -211,9 +209,9 @@ inline A backward_tile(
   for (int i = 0; i < N; ++i) {
     const Vector<A> grad = load(entry.grad_V + column + i * lanes);
     dots[i] = grad * load(entry.row_V + column + i * lanes);
-    if constexpr (kTable != Table::kNone) {
+    if constexpr (kTable) {
       A* target = entry.grad_row_V + column + i * lanes;
-      store(target, kTable == Table::kAdd ? load(target) + score * grad : score * grad);
+      store(target, load(target) + score * grad);
     }
   }
 #pragma GCC unroll 4
@@ -223,13 +221,14 @@ inline A backward_tile(
   return sum_of_lanes<A>(dots[0]);
 }
 
-template <Table kTable, typename T, typename A>
+// Scores may be null where the table wants no gradient.
+template <bool kTable, typename T, typename A>
 inline void backward_entry(
     const BackwardEntry<T, A>& entry, const BackwardEntry<T, A>& next, const A* score_h,
     A* grad_score_h, int64_t h, int64_t width_C) {
   constexpr int64_t lanes = VectorOf<A>::lanes;
   for (int64_t core = 0; core < h; ++core) {
-    const A score = score_h[core];
+    const A score = kTable ? score_h[core] : A{};
     const int64_t end = (core + 1) * width_C;
     int64_t column = core * width_C;
     A dot = 0;
@@ -242,55 +241,55 @@ inline void backward_entry(
     for (; column < end; ++column) {
       const A grad = widen(entry.grad_V[column]);
       dot += grad * widen(entry.row_V[column]);
-      if constexpr (kTable == Table::kAdd) {
-        entry.grad_row_V[column] += score * grad;
-      } else if constexpr (kTable == Table::kWrite) {
-        entry.grad_row_V[column] = score * grad;
-      }
+      if constexpr (kTable) entry.grad_row_V[column] += score * grad;
     }
     grad_score_h[core] = dot;
   }
 }
 
-// Gradients of the scores alone, entries in their own order.
+// Dot products of every entry's row with its bag's gradient, by core: the scores' gradients.
 template <typename T, typename A>
-int64_t score_backward(
+int64_t entry_dots(
     const T* values_RV, int64_t R, int64_t V, const int64_t* rows_M, const int64_t* bags_M,
-    const A* scores_Mh, int64_t h, int64_t M, const T* grad_BV, int64_t B, A* grad_scores_Mh) {
+    int64_t h, int64_t M, const T* grad_BV, int64_t B, A* dots_Mh) {
   BadEntry bad;
+  auto in_range = [&](int64_t m) {
+    return rows_M[m] >= 0 && rows_M[m] < R && bags_M[m] >= 0 && bags_M[m] < B;
+  };
   auto entry_at = [&](int64_t m) {
     return BackwardEntry<T, A>{values_RV + rows_M[m] * V, grad_BV + bags_M[m] * V, nullptr};
   };
   at::parallel_for(0, M, grain_of(V), [&](int64_t first, int64_t last) {
     for (int64_t m = first; m < last; ++m) {
-      if (rows_M[m] < 0 || rows_M[m] >= R || bags_M[m] < 0 || bags_M[m] >= B) {
+      if (!in_range(m)) {
         bad.report(m);
         return;
       }
-      backward_entry<Table::kNone>(
-          entry_at(m), entry_at(std::min(m + kAhead, M - 1)), scores_Mh + m * h,
-          grad_scores_Mh + m * h, h, V / h);
+      const int64_t ahead = std::min(m + kAhead, M - 1);
+      backward_entry<false>(
+          entry_at(m), entry_at(in_range(ahead) ? ahead : m), static_cast<const A*>(nullptr),
+          dots_Mh + m * h, h, V / h);
     }
   });
   return bad.entry();
 }
 
 // Gradients of table and scores in one pass over the entries sorted by row. Sorted entry j is
-// entry order[j]; its row's gradient is row slots[j] of grad_rows. A row's entries are adjacent
-// and belong to one thread. `overwrite`: the first entry of a row writes instead of adding.
+// entry order[j]. A row's entries are adjacent and belong to one thread.
 template <typename T, typename A>
-int64_t row_backward(
-    const T* values_RV, int64_t R, int64_t V, const int64_t* sorted_M, const int64_t* slots_M,
-    const int64_t* order_M, const int64_t* bags_M, const A* scores_Mh, int64_t h, int64_t M,
-    const T* grad_BV, int64_t B, A* grad_rows_V, bool overwrite, A* grad_scores_Mh) {
+int64_t backward(
+    const T* values_RV, int64_t R, int64_t V, const int64_t* sorted_M, const int64_t* order_M,
+    const int64_t* bags_M, const A* scores_Mh, int64_t h, int64_t M, const T* grad_BV, int64_t B,
+    A* grad_values_RV, A* grad_scores_Mh) {
   if (M > 0 && (sorted_M[0] < 0 || sorted_M[M - 1] >= R)) {
     return sorted_M[0] < 0 ? order_M[0] : order_M[M - 1];
   }
   BadEntry bad;
+  auto in_range = [&](int64_t j) { return bags_M[order_M[j]] >= 0 && bags_M[order_M[j]] < B; };
   auto entry_at = [&](int64_t j) {
     return BackwardEntry<T, A>{
         values_RV + sorted_M[j] * V, grad_BV + bags_M[order_M[j]] * V,
-        grad_rows_V + slots_M[j] * V};
+        grad_values_RV + sorted_M[j] * V};
   };
   auto continues = [&](int64_t j) { return j > 0 && j < M && sorted_M[j] == sorted_M[j - 1]; };
   at::parallel_for(0, M, grain_of(V), [&](int64_t first, int64_t last) {
@@ -299,18 +298,14 @@ int64_t row_backward(
     }
     for (int64_t j = first; j < last || (j > first && continues(j)); ++j) {
       const int64_t m = order_M[j];
-      if (bags_M[m] < 0 || bags_M[m] >= B) {
+      if (!in_range(j)) {
         bad.report(m);
         return;
       }
-      const BackwardEntry<T, A> next = entry_at(std::min(j + kAhead, M - 1));
-      if (overwrite && !continues(j)) {
-        backward_entry<Table::kWrite>(
-            entry_at(j), next, scores_Mh + m * h, grad_scores_Mh + m * h, h, V / h);
-      } else {
-        backward_entry<Table::kAdd>(
-            entry_at(j), next, scores_Mh + m * h, grad_scores_Mh + m * h, h, V / h);
-      }
+      const int64_t ahead = std::min(j + kAhead, M - 1);
+      backward_entry<true>(
+          entry_at(j), entry_at(in_range(ahead) ? ahead : j), scores_Mh + m * h,
+          grad_scores_Mh + m * h, h, V / h);
     }
   });
   return bad.entry();
@@ -346,7 +341,7 @@ void row_adam(
   });
 }
 
-// Calls f(T{}, A{}) for a dtype code of cpu.py.
+// Calls f(T{}, A{}) for a dtype code of native.py.
 template <typename F>
 auto dispatch(int32_t dtype, const F& f) {
   switch (dtype) {
@@ -382,31 +377,29 @@ int64_t ultramem_pool(
   });
 }
 
-int64_t ultramem_score_backward(
+int64_t ultramem_entry_dots(
     int32_t dtype, const void* values, int64_t R, int64_t V, const int64_t* rows,
-    const int64_t* bags, const void* scores, int64_t h, int64_t M, const void* grad, int64_t B,
-    void* grad_scores) {
+    const int64_t* bags, int64_t h, int64_t M, const void* grad, int64_t B, void* dots) {
   return dispatch(dtype, [&](auto t, auto a) {
     using T = decltype(t);
     using A = decltype(a);
-    return score_backward<T, A>(
-        static_cast<const T*>(values), R, V, rows, bags, static_cast<const A*>(scores), h, M,
-        static_cast<const T*>(grad), B, static_cast<A*>(grad_scores));
+    return entry_dots<T, A>(
+        static_cast<const T*>(values), R, V, rows, bags, h, M, static_cast<const T*>(grad), B,
+        static_cast<A*>(dots));
   });
 }
 
-int64_t ultramem_row_backward(
+int64_t ultramem_backward(
     int32_t dtype, const void* values, int64_t R, int64_t V, const int64_t* sorted,
-    const int64_t* slots, const int64_t* order, const int64_t* bags, const void* scores, int64_t h,
-    int64_t M, const void* grad, int64_t B, void* grad_rows, int32_t overwrite,
-    void* grad_scores) {
+    const int64_t* order, const int64_t* bags, const void* scores, int64_t h, int64_t M,
+    const void* grad, int64_t B, void* grad_values, void* grad_scores) {
   return dispatch(dtype, [&](auto t, auto a) {
     using T = decltype(t);
     using A = decltype(a);
-    return row_backward<T, A>(
-        static_cast<const T*>(values), R, V, sorted, slots, order, bags,
-        static_cast<const A*>(scores), h, M, static_cast<const T*>(grad), B,
-        static_cast<A*>(grad_rows), overwrite != 0, static_cast<A*>(grad_scores));
+    return backward<T, A>(
+        static_cast<const T*>(values), R, V, sorted, order, bags, static_cast<const A*>(scores), h,
+        M, static_cast<const T*>(grad), B, static_cast<A*>(grad_values),
+        static_cast<A*>(grad_scores));
   });
 }
 

@@ -14,9 +14,12 @@
 #include <atomic>
 #include <cstdint>
 
+#include "simd.h"
+
+namespace ultramem {
 namespace {
 
-constexpr int kLanes = 16;
+constexpr int kLanes = VectorOf<float>::lanes;
 constexpr int kVectors = 2;
 constexpr int64_t kPanel = kLanes * kVectors;
 constexpr int64_t kMaxRows = 14;       // 28 sums, 2 weights and a broadcast: 31 of 32 registers
@@ -24,23 +27,17 @@ constexpr int64_t kInnerBlock = 1024;  // 128 KiB of a panel: it stays in L2 for
 constexpr int64_t kPrefetchFloats = 1024;
 constexpr int64_t kTasksPerThread = 12;
 
-typedef float Vector __attribute__((vector_size(4 * kLanes)));
-typedef float UnalignedVector __attribute__((vector_size(4 * kLanes), aligned(4)));
-
-inline Vector load(const float* p) { return *reinterpret_cast<const UnalignedVector*>(p); }
-inline void store(Vector v, float* p) { *reinterpret_cast<UnalignedVector*>(p) = v; }
-
 // y[i, :32] (+)= sum over k of x[i, k] * panel[k, :32] for `rows` rows.
 template <int rows>
 void multiply(const float* x, int64_t x_stride, const float* panel, int64_t inner, float* y,
               int64_t y_stride, bool first) {
-  Vector sums[rows][kVectors];
+  Vector<float> sums[rows][kVectors];
   for (int i = 0; i < rows; ++i)
     for (int j = 0; j < kVectors; ++j)
-      sums[i][j] = first ? Vector{} : load(y + i * y_stride + j * kLanes);
+      sums[i][j] = first ? Vector<float>{} : load(y + i * y_stride + j * kLanes);
   for (int64_t k = 0; k < inner; ++k) {
     const float* weights = panel + k * kPanel;
-    const Vector low = load(weights), high = load(weights + kLanes);
+    const Vector<float> low = load(weights), high = load(weights + kLanes);
     __builtin_prefetch(weights + kPrefetchFloats);
     __builtin_prefetch(weights + kPrefetchFloats + kLanes);
     for (int i = 0; i < rows; ++i) {
@@ -50,7 +47,7 @@ void multiply(const float* x, int64_t x_stride, const float* panel, int64_t inne
     }
   }
   for (int i = 0; i < rows; ++i)
-    for (int j = 0; j < kVectors; ++j) store(sums[i][j], y + i * y_stride + j * kLanes);
+    for (int j = 0; j < kVectors; ++j) store(y + i * y_stride + j * kLanes, sums[i][j]);
 }
 
 using Multiply = void (*)(const float*, int64_t, const float*, int64_t, float*, int64_t, bool);
@@ -75,6 +72,9 @@ void multiply_panel(const float* x, int64_t rows, const float* panel, int64_t in
 }
 
 }  // namespace
+}  // namespace ultramem
+
+using namespace ultramem;
 
 extern "C" {
 

@@ -16,17 +16,15 @@
 #include <immintrin.h>
 #endif
 
+#include "simd.h"
+
+namespace ultramem {
 namespace {
 
-constexpr int64_t kLanes = 16;
-typedef float Vector __attribute__((vector_size(4 * kLanes)));
-typedef float UnalignedVector __attribute__((vector_size(4 * kLanes), aligned(4)));
-
-inline Vector load(const float* p) { return *reinterpret_cast<const UnalignedVector*>(p); }
-inline void store(Vector v, float* p) { *reinterpret_cast<UnalignedVector*>(p) = v; }
+constexpr int64_t kLanes = VectorOf<float>::lanes;
 
 float dot(const float* a, const float* b, int64_t size) {
-  Vector sums{}, others{};
+  Vector<float> sums{}, others{};
   int64_t i = 0;
   for (; i + 2 * kLanes <= size; i += 2 * kLanes) {
     sums += load(a + i) * load(b + i);
@@ -34,7 +32,7 @@ float dot(const float* a, const float* b, int64_t size) {
   }
   for (; i + kLanes <= size; i += kLanes) sums += load(a + i) * load(b + i);
   float lanes[kLanes];
-  store(sums + others, lanes);
+  store(lanes, sums + others);
   for (int64_t half = kLanes / 2; half; half /= 2)
     for (int64_t lane = 0; lane < half; ++lane) lanes[lane] += lanes[lane + half];
   float total = lanes[0];
@@ -45,12 +43,8 @@ float dot(const float* a, const float* b, int64_t size) {
 // y += factor * x
 inline void add_scaled(float factor, const float* x, int64_t size, float* y) {
   int64_t i = 0;
-  for (; i + kLanes <= size; i += kLanes) store(load(y + i) + factor * load(x + i), y + i);
+  for (; i + kLanes <= size; i += kLanes) store(y + i, load(y + i) + factor * load(x + i));
   for (; i < size; ++i) y[i] += factor * x[i];
-}
-
-inline void prefetch(const float* p, int64_t size) {
-  for (int64_t i = 0; i < size; i += kLanes) __builtin_prefetch(p + i, 0, 2);
 }
 
 // Bit j: values[j] > threshold, of 16.
@@ -88,6 +82,9 @@ void top(const float* values, int64_t size, int64_t m, float* best, int64_t* ind
 }
 
 }  // namespace
+}  // namespace ultramem
+
+using namespace ultramem;
 
 extern "C" {
 
@@ -114,7 +111,7 @@ void ultramem_select(const float* search, int64_t side_stride, int64_t token_str
       for (int64_t side = 0; side < 2; ++side) {
         const float* ranked = search + side * side_stride + t * token_stride + head * head_stride;
         top(ranked, num_keys, m, best.data(), candidates.data() + side * m);
-        for (int64_t c = 0; c < m; ++c) prefetch(key(side, c), rank * width);
+        for (int64_t c = 0; c < m; ++c) prefetch(key(side, c), rank * width * sizeof(float));
       }
       for (int64_t side = 0; side < 2; ++side) {
         const int64_t* group = groups + (side * heads + head) * rank;

@@ -11,8 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ultramem_ds.config.schema import MemoryConfig
-from ultramem_ds.kernels.native import native_library
-from ultramem_ds.kernels.small import shuffle_slots, split_by_rows
+from ultramem_ds.kernels import resolve
 
 # T tokens, K rows per token, n keys per side, E expansion, N physical rows.
 
@@ -63,44 +62,36 @@ class BijectionShuffle(nn.Module):
     and every intermediate fits int64 for any n below 2^31.
     """
 
-    def __init__(self, num_keys: int, seed: int) -> None:
+    def __init__(self, num_keys: int, seed: int, kernel: str = "auto") -> None:
         super().__init__()
         self.num_keys = num_keys
         self.seed = seed
+        self.kernel = kernel
         # Not a buffer: it follows from (n, seed), is never saved and survives meta construction.
         self._rounds: dict[torch.device, Tensor] = {}
 
+    def take(self, rounds: Tensor) -> None:
+        """Use these round functions, ``(rounds, n)`` int64, not those that the seed gives."""
+        self._rounds = {rounds.device: rounds}
+
     def _tables(self, device: torch.device) -> Tensor:
-        """Round functions (rounds, n), made once per device by the CPU generator."""
+        """Round functions (rounds, n), made once by the CPU generator, copied once per device."""
         if device not in self._rounds:
-            self._rounds[device] = round_tables(self.num_keys, self.seed).to(device)
+            known = next(iter(self._rounds.values()), None)
+            tables = round_tables(self.num_keys, self.seed) if known is None else known
+            self._rounds[device] = tables.to(device)
         return self._rounds[device]
 
     def forward(self, slots: Tensor) -> Tensor:
         """Map virtual slot ids (any shape, int64) to permuted ids."""
-        library = native_library(slots, dtype=torch.int64)
-        if library is not None:
-            return shuffle_slots(library, slots, self._tables(slots.device))
-        n = self.num_keys
-        left, right = slots // n, slots % n
-        for table in self._tables(slots.device):
-            left, right = right, (left + table[right]) % n
-        return left * n + right
+        return resolve(self.kernel, slots.device).shuffle(slots, self._tables(slots.device))
 
 
 def build_shuffle(memory: MemoryConfig, table_index: int) -> nn.Module:
     """The permutation of memory layer ``table_index``."""
     seed = shuffle_seed(table_index)
     if memory.shuffle == "bijection":
-        return BijectionShuffle(memory.num_keys, seed)
+        return BijectionShuffle(memory.num_keys, seed, memory.kernel)
     if memory.shuffle == "stored":
         return StoredShuffle(memory.num_slots, seed)
     return IdentityShuffle()
-
-
-def split_slots(permuted_TK: Tensor, num_rows: int) -> tuple[Tensor, Tensor]:
-    """Permuted virtual ids -> (physical rows, projectors), both of the input's shape."""
-    library = native_library(permuted_TK, dtype=torch.int64)
-    if library is not None:
-        return split_by_rows(library, permuted_TK, num_rows)
-    return permuted_TK % num_rows, permuted_TK // num_rows

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from ultramem_ds.config.schema import MemoryConfig, ModelConfig
-from ultramem_ds.model.memory.expansion import build_shuffle, split_slots
+from ultramem_ds.kernels import resolve
+from ultramem_ds.model.memory.expansion import build_shuffle
 from ultramem_ds.model.memory.lookup import LocalLookup, Lookup, PendingLookup, ValueTable
 from ultramem_ds.model.memory.retrieval import Retrieval, Selection
 from ultramem_ds.model.memory.stats import NO_STATS, Observer
@@ -64,6 +65,7 @@ class MemoryLayer(nn.Module):
     def __init__(self, model: ModelConfig, memory: MemoryConfig, table: ValueTable) -> None:
         super().__init__()
         self.num_rows = memory.num_rows
+        self.kernel = memory.kernel
         self.retrieval = Retrieval(model, memory)
         self.shuffle = build_shuffle(memory, table.index)
         self.values = table
@@ -79,23 +81,24 @@ class MemoryLayer(nn.Module):
     def start(
         self,
         x_BSD: Tensor,
-        doc_starts_BS: Tensor | None = None,
+        doc_boundaries_BS: Tensor | None = None,
         conv_state: Tensor | None = None,
     ) -> PendingMemory:
         """Retrieve and begin the lookup.
 
         Args:
             x_BSD: Input of block a's MLP, after its pre-norm.
-            doc_starts_BS: True at the first token of each document, or None for one document.
+            doc_boundaries_BS: True at the first token of each document, or None for one document.
             conv_state: For decoding, ``PendingMemory.conv_state`` of the tokens before these.
 
         Returns:
             What ``finish`` needs; also carries ``aux_loss`` and the new ``conv_state``.
         """
         recall_tokens = self._observer().recall_tokens
-        selection: Selection = self.retrieval(x_BSD, doc_starts_BS, conv_state, recall_tokens)
+        selection: Selection = self.retrieval(x_BSD, doc_boundaries_BS, conv_state, recall_tokens)
         permuted_TK = self.shuffle(selection.slots_TK)
-        rows_TK, projectors_TK = split_slots(permuted_TK, self.num_rows)
+        kernel = resolve(self.kernel, permuted_TK.device)
+        rows_TK, projectors_TK = kernel.split(permuted_TK, self.num_rows)
         lookup = self.lookup.start(rows_TK, projectors_TK, selection.scores_TKh)
         return PendingMemory(lookup, selection, permuted_TK, rows_TK, x_BSD.shape)
 

@@ -9,8 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ultramem_ds.config.schema import MemoryConfig, ModelConfig
-from ultramem_ds.kernels.native import native_library
-from ultramem_ds.kernels.small import causal_conv
+from ultramem_ds.kernels import resolve
 from ultramem_ds.model.roles import tag
 
 # B sequences, S sequence length, T = B*S tokens, D hidden, H heads, r Tucker rank, d kdim.
@@ -36,46 +35,29 @@ class CausalConv(nn.Module):
     state: (B, k-1, D), zeros before the first token.
     """
 
-    def __init__(self, hidden_size: int, kernel_size: int) -> None:
+    def __init__(self, hidden_size: int, kernel_size: int, kernel: str = "auto") -> None:
         super().__init__()
         self.kernel_size = kernel_size
+        self.kernel = kernel
         self.weight = nn.Parameter(torch.empty(kernel_size, hidden_size))  # last tap = this token
         tag(self.weight, role="matrix", init="memory_conv")
 
     def forward(
-        self, x_BSD: Tensor, doc_starts_BS: Tensor | None, state_BCD: Tensor | None
+        self, x_BSD: Tensor, doc_boundaries_BS: Tensor | None, state_BCD: Tensor | None
     ) -> tuple[Tensor, Tensor]:
         """Convolve.
 
         Args:
             x_BSD: Inputs.
-            doc_starts_BS: True at the first token of a document; taps do not cross it.
+            doc_boundaries_BS: True at the first token of a document; taps do not cross it.
             state_BCD: The k-1 inputs before ``x_BSD``; None at the start of a sequence.
 
         Returns:
             The convolved inputs (B, S, D) and the state after them (B, k-1, D).
         """
-        batch, seq_len, hidden = x_BSD.shape
-        reach = self.kernel_size - 1
-        library = native_library(x_BSD, self.weight)
-        if library is not None and (state_BCD is None or not torch.is_grad_enabled()):
-            out_BSD = causal_conv(library, x_BSD, self.weight, doc_starts_BS, state_BCD)
-            return out_BSD, _last_inputs(x_BSD, state_BCD, reach)
-        if state_BCD is None:
-            state_BCD = x_BSD.new_zeros(batch, reach, hidden)
-        padded = torch.cat([state_BCD, x_BSD], dim=1)
-        out_BSD = x_BSD * self.weight[reach]
-        if doc_starts_BS is None:
-            for tap in range(reach):
-                out_BSD = out_BSD + padded[:, tap : tap + seq_len] * self.weight[tap]
-        else:
-            document_BS = doc_starts_BS.cumsum(1)
-            document = torch.cat([document_BS.new_zeros(batch, reach), document_BS], dim=1)
-            for tap in range(reach):
-                same_BS = document[:, tap : tap + seq_len] == document_BS
-                past_BSD = padded[:, tap : tap + seq_len] * same_BS[..., None]
-                out_BSD = out_BSD + past_BSD * self.weight[tap]
-        return out_BSD, padded[:, seq_len:]
+        kernel = resolve(self.kernel, x_BSD.device)
+        out_BSD = kernel.causal_conv(x_BSD, self.weight, doc_boundaries_BS, state_BCD)
+        return out_BSD, _last_inputs(x_BSD, state_BCD, self.kernel_size - 1)
 
 
 def _last_inputs(x_BSD: Tensor, state_BCD: Tensor | None, count: int) -> Tensor:
@@ -92,7 +74,7 @@ class NoConv(nn.Module):
     """``memory.query_conv=0``: passes inputs through, keeps no state."""
 
     def forward(
-        self, x_BSD: Tensor, doc_starts_BS: Tensor | None, state_BCD: Tensor | None
+        self, x_BSD: Tensor, doc_boundaries_BS: Tensor | None, state_BCD: Tensor | None
     ) -> tuple[Tensor, None]:
         """Return the inputs and no state."""
         return x_BSD, None
@@ -103,22 +85,23 @@ LAYOUTS = {"shared": "s", "per-head": "hs", "per-head-shared-sides": "hr"}
 
 
 @functools.cache
-def query_groups(layout: str, num_heads: int, rank: int) -> Tensor:
+def query_groups(layout: str, num_heads: int, rank: int, device: torch.device) -> Tensor:
     """Which of a token's distinct queries meets the keys of a side, head and rank.
 
     Args:
         layout: a value of ``LAYOUTS``.
         num_heads: H.
         rank: r.
+        device: of the result.
 
     Returns:
-        int64 (2, H, r), on the CPU.
+        int64 (2, H, r).
     """
     sizes = {"s": 2, "h": num_heads, "r": rank}
-    index = torch.zeros((1, 1, 1), dtype=torch.int64, device="cpu")
+    index = torch.zeros((1, 1, 1), dtype=torch.int64, device=device)
     for letter in layout:
         shape = [-1 if letter == dim else 1 for dim in "shr"]
-        steps = torch.arange(sizes[letter], device="cpu").view(shape)
+        steps = torch.arange(sizes[letter], device=device).view(shape)
         index = index * sizes[letter] + steps
     return index.expand(2, num_heads, rank).contiguous()
 
@@ -137,7 +120,9 @@ class QueryEncoder(nn.Module):
         self.group_sizes = tuple(sizes[letter] for letter in LAYOUTS[memory.query])
         self.kdim = memory.kdim
         self.conv = (
-            CausalConv(model.hidden_size, memory.query_conv) if memory.query_conv else NoConv()
+            CausalConv(model.hidden_size, memory.query_conv, memory.kernel)
+            if memory.query_conv
+            else NoConv()
         )
         width = math.prod(self.group_sizes) * memory.kdim
         self.proj = nn.Linear(model.hidden_size, width, bias=False)
@@ -145,18 +130,18 @@ class QueryEncoder(nn.Module):
         self.norm = qk_norm(memory, model.norm_eps, init="memory_query_norm")
 
     def forward(
-        self, x_BSD: Tensor, doc_starts_BS: Tensor | None, conv_state: Tensor | None
+        self, x_BSD: Tensor, doc_boundaries_BS: Tensor | None, conv_state: Tensor | None
     ) -> tuple[Tensor, Tensor | None]:
         """Encode.
 
         Args:
             x_BSD: Hidden states.
-            doc_starts_BS: See ``CausalConv``.
+            doc_boundaries_BS: See ``CausalConv``.
             conv_state: See ``CausalConv``.
 
         Returns:
             Queries (T, 2, d), (T, H, 2, d) or (T, H, r, d) by layout, and the new state.
         """
-        x_BSD, conv_state = self.conv(x_BSD, doc_starts_BS, conv_state)
+        x_BSD, conv_state = self.conv(x_BSD, doc_boundaries_BS, conv_state)
         queries = self.proj(x_BSD).view(-1, *self.group_sizes, self.kdim)
         return self.norm(queries), conv_state

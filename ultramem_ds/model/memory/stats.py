@@ -20,7 +20,7 @@ from ultramem_ds.model.memory.retrieval import Selection
 
 # T tokens, H heads, K = m*H rows per token, h cores, m top-m, r Tucker rank, N physical rows.
 
-MAX_BUCKETS = 1 << 20  # usage counts per id space, int32: 4 MiB
+MAX_BUCKETS = 1 << 20  # usage counts per id space: 8 MiB
 RECALL_TOKENS = 4  # per sampled forward; the exhaustive search of each costs H * n^2
 
 _MOMENTS = (
@@ -41,18 +41,20 @@ _MOMENTS = (
 class UsageCounter:
     """Counts how often each of ``num_ids`` ids occurred, in at most ``MAX_BUCKETS`` buckets.
 
+    In 64 bits: where a layer collapses, one id is meant by every token of a window on all ranks.
+
     Ids share buckets (by remainder) where there are more ids than buckets; the slots' permutation
     makes that as good as random.
     """
 
     def __init__(self, num_ids: int, device: torch.device) -> None:
         self.num_ids = num_ids
-        self.counts = torch.zeros(min(num_ids, MAX_BUCKETS), dtype=torch.int32, device=device)
+        self.counts = torch.zeros(min(num_ids, MAX_BUCKETS), dtype=torch.int64, device=device)
 
     def add(self, ids: Tensor) -> None:
         """Count ids of any shape."""
         buckets = ids.flatten() % self.counts.numel()
-        ones = torch.ones((), dtype=torch.int32, device=ids.device).expand_as(buckets)
+        ones = torch.ones((), dtype=torch.int64, device=ids.device).expand_as(buckets)
         self.counts.scatter_add_(0, buckets, ones)
 
 
@@ -176,7 +178,10 @@ class LayerStats:
             selection.diagnosis.recall,
         ]
         moments = torch.stack([value.double() for value in sums])
-        self.moments += torch.cat([moments, selection.diagnosis.singular_values_r.double()])
+        singular_values_r = selection.diagnosis.singular_values_r
+        if singular_values_r is not None:
+            moments = torch.cat([moments, singular_values_r.double()])
+        self.moments += moments
 
     def summary(self, moments: Tensor, usage: Tensor) -> dict[str, float]:
         """Numbers of the window from sums over ranks; see ``StatsWindow.summaries``."""
@@ -239,7 +244,7 @@ class StatsWindow:
             layer.sampling = True
 
     def tensors(self) -> list[Tensor]:
-        """What to sum over ranks: moments (float64) and usage counts (int32) of all layers."""
+        """What to sum over ranks: moments (float64) and usage counts (int64) of all layers."""
         moments = torch.cat([layer.moments for layer in self.layers])
         counts = [counter.counts for layer in self.layers for counter in (layer.rows, layer.slots)]
         return [moments, torch.cat(counts)]

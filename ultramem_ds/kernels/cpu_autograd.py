@@ -1,28 +1,24 @@
-"""A memory layer's two-stage selection in one native call, differentiable: ``csrc/select.cpp``.
+"""Differentiable native calls: what :class:`ultramem_ds.kernels.cpu.NativeKernel` trains with.
 
-The scores' gradient reaches the selected pairs only: the way back touches their keys and queries,
-and allocates nothing of the size of all scores (T, H, n).
+``csrc/small.cpp`` (the query's convolution) and ``csrc/select.cpp`` (the two-stage selection).
 """
 
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
+from ultramem_ds.kernels.base import Search
 from ultramem_ds.kernels.native import address
 
-# T tokens, H heads, n keys per side, r rank, h cores, m top-m, G queries of a token, d kdim.
-# A leading 2 is the side: rows, then columns.
+# Letters: see kernels/base.py.
 
 TOKENS_PER_SEARCH = 256  # their scores are read back from the cache they were written to
-# Tokens of a batch -> their candidate scores.
-Search: TypeAlias = Callable[[slice], Tensor]
 
 
 class _Saved(NamedTuple):
@@ -37,6 +33,12 @@ class _Saved(NamedTuple):
 
 
 class _Select(Function):
+    """The scores' gradient reaches the selected pairs only.
+
+    The way back touches their keys and queries, and allocates nothing of the size of all scores
+    (T, H, n).
+    """
+
     @staticmethod
     def forward(
         ctx: Any,
@@ -53,7 +55,7 @@ class _Select(Function):
         core_hHrr = None if core_hHrr is None else core_hHrr.detach()
         num_heads, rank = groups_2Hr.shape[1:]
         factors_2THmr = queries_TGd.new_empty(2, len(queries_TGd), num_heads, top_m, rank)
-        slots_THm, scores_THmh = _forward(
+        slots_THm, scores_THmh = _select_forward(
             library,
             search,
             queries_TGd,
@@ -101,7 +103,7 @@ class _Select(Function):
         return grad_queries, grad_keys, grad_core, None, None, None, None
 
 
-def _forward(
+def _select_forward(
     library: ctypes.CDLL,
     search: Search,
     queries_TGd: Tensor,
@@ -111,6 +113,10 @@ def _forward(
     top_m: int,
     factors_2THmr: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
+    """The selection without a gradient; see ``Kernel.select``.
+
+    ``factors_2THmr`` gets the pairs' row and column scores unless it is None.
+    """
     num_tokens, num_heads = len(queries_TGd), keys_2Hnrd.shape[1]
     num_cores = 1 if core_hHrr is None else core_hHrr.shape[0]
     slots_THm = groups_2Hr.new_empty(num_tokens, num_heads, top_m)
@@ -140,7 +146,62 @@ def _forward(
     return slots_THm, scores_THmh
 
 
-def select_slots(
+class _CausalConv(Function):
+    """Without a state: what training runs."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x_BSD: Tensor,
+        weight_kD: Tensor,
+        doc_boundaries_BS: Tensor | None,
+        library: ctypes.CDLL,
+    ) -> Tensor:
+        # A copy: under ZeRO-3 the parameter's data goes when its module's forward returns.
+        ctx.save_for_backward(x_BSD, weight_kD.detach().clone(), doc_boundaries_BS)
+        ctx.library = library
+        return conv_forward(library, x_BSD, weight_kD, doc_boundaries_BS, None)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_BSD: Tensor) -> tuple[Tensor | None, ...]:
+        x_BSD, weight_kD, doc_boundaries_BS = ctx.saved_tensors
+        grad_x, grad_weight = torch.empty_like(x_BSD), torch.empty_like(weight_kD)
+        ctx.library.ultramem_conv_backward(
+            address(grad_BSD.contiguous()),
+            address(x_BSD),
+            address(doc_boundaries_BS),
+            address(weight_kD),
+            *x_BSD.shape,
+            len(weight_kD),
+            address(grad_x),
+            address(grad_weight),
+        )
+        return grad_x, grad_weight, None, None
+
+
+def conv_forward(
+    library: ctypes.CDLL,
+    x_BSD: Tensor,
+    weight_kD: Tensor,
+    doc_boundaries_BS: Tensor | None,
+    state_BCD: Tensor | None,
+) -> Tensor:
+    """The convolution without a gradient; all tensors dense."""
+    out_BSD = torch.empty_like(x_BSD)
+    library.ultramem_conv(
+        address(x_BSD),
+        address(state_BCD),
+        address(doc_boundaries_BS),
+        address(weight_kD),
+        *x_BSD.shape,
+        len(weight_kD),
+        address(out_BSD),
+    )
+    return out_BSD
+
+
+def select(
     library: ctypes.CDLL,
     search: Search,
     queries_TGd: Tensor,
@@ -149,29 +210,20 @@ def select_slots(
     core_hHrr: Tensor | None,
     top_m: int,
 ) -> tuple[Tensor, Tensor]:
-    """A memory layer's two-stage selection (``model.memory.retrieval``) in one call.
-
-    Of equal scores the key, or pair of candidates, of the smallest number comes first.
-
-    Args:
-        library: of ``kernels.native``.
-        search: gives candidate scores (2, tokens, H, n) of a run of tokens, fp32, last dimension
-            contiguous; called without gradients, for runs short enough that they stay in the cache.
-        queries_TGd: a token's distinct queries, fp32.
-        groups_2Hr: int64, which of them meets the keys of a side, head and rank.
-        keys_2Hnrd: fp32.
-        core_hHrr: Tucker cores, fp32; None: a pair's score is the sum of its row's and column's.
-        top_m: m, at most n.
-
-    Returns:
-        Slots ``(T, H, m)``, int64, and scores per core ``(T, H, m, h)``, best first, differentiable
-        in queries, keys and cores.
-    """
-    queries_TGd, keys_2Hnrd = queries_TGd.contiguous(), keys_2Hnrd.contiguous()
-    core_hHrr = None if core_hHrr is None else core_hHrr.contiguous()
-    if torch.is_grad_enabled():
-        selected: tuple[Tensor, Tensor] = _Select.apply(
-            queries_TGd, keys_2Hnrd, core_hHrr, search, groups_2Hr, top_m, library
+    """``Kernel.select`` of one-sided candidates in fp32; tensors dense."""
+    if not torch.is_grad_enabled():
+        return _select_forward(
+            library, search, queries_TGd, groups_2Hr, keys_2Hnrd, core_hHrr, top_m, None
         )
-        return selected
-    return _forward(library, search, queries_TGd, groups_2Hr, keys_2Hnrd, core_hHrr, top_m, None)
+    selected: tuple[Tensor, Tensor] = _Select.apply(
+        queries_TGd, keys_2Hnrd, core_hHrr, search, groups_2Hr, top_m, library
+    )
+    return selected
+
+
+def causal_conv(
+    library: ctypes.CDLL, x_BSD: Tensor, weight_kD: Tensor, doc_boundaries_BS: Tensor | None
+) -> Tensor:
+    """``Kernel.causal_conv`` without a state, in fp32; tensors dense; differentiable."""
+    out_BSD: Tensor = _CausalConv.apply(x_BSD, weight_kD, doc_boundaries_BS, library)
+    return out_BSD
