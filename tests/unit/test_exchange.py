@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import re
 from pathlib import Path
@@ -19,6 +20,7 @@ from ultramem_ds.exchange import directory as exchange_directory
 from ultramem_ds.exchange.directory import export_hf
 from ultramem_ds.exchange.importing import import_model, open_exported
 from ultramem_ds.exchange.shards import parse_size
+from ultramem_ds.exchange.tokenizer_files import write_tokenizer
 from ultramem_ds.infer.load import load_model
 from ultramem_ds.model.lm import LanguageModel
 
@@ -258,6 +260,38 @@ def test_what_our_models_have_not_is_refused_by_name(tmp_path, old, new, said):
     with pytest.raises(ValueError, match=re.escape(said)):
         import_model(source, tmp_path / "run", 1)
     assert [path.name for path in tmp_path.iterdir()] == ["x"]
+
+
+@pytest.mark.parametrize("kind_of_model", ["bpe", "unigram"])
+def test_sentencepiece_is_exported_only_as_what_it_is(tmp_path, capsys, kind_of_model):
+    """Of a unigram model transformers makes another tokenizer: better none, and a word of it."""
+    sentencepiece = pytest.importorskip("sentencepiece")
+    transformers = pytest.importorskip("transformers")
+    content = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(DOCUMENT.read_text().splitlines()),
+        model_writer=content,
+        vocab_size=400,
+        model_type=kind_of_model,
+        byte_fallback=True,
+        remove_extra_whitespaces=False,
+        normalization_rule_name="identity",
+        minloglevel=2,
+    )
+    (tmp_path / "tokenizer.model").write_bytes(content.getvalue())
+    tokenizer = load_tokenizer(tmp_path / "tokenizer.model")
+    out = tmp_path / "out"
+    out.mkdir()
+    written = write_tokenizer(tokenizer, out, 64)
+    described = "tokenizer_config.json" in written
+    assert described == (out / "tokenizer_config.json").exists()
+    assert ("other ids" in capsys.readouterr().err) != described
+    if kind_of_model == "unigram":
+        assert not described
+    if described:
+        theirs = transformers.AutoTokenizer.from_pretrained(out)
+        text = "  def f(x):\n    return x  # 東京"
+        assert theirs(text)["input_ids"] == tokenizer.encode(text)
 
 
 def test_sizes():

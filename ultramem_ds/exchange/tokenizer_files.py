@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,13 +13,18 @@ from ultramem_ds.data.tokenizers import HuggingFaceTokenizer, Tokenizer
 from ultramem_ds.utils.files import atomic_file, write_json
 
 CONFIG = "tokenizer_config.json"
+# Where tokenizers made of one SentencePiece model part: spaces, characters without an entry, names
+# of special tokens.
+_PROBES = ("the memory of rows", "  two  spaces \n new", "</s> spelt", "café 東京", "end  ")
 
 
 def write_tokenizer(tokenizer: Tokenizer, directory: Path, max_length: int) -> list[str]:
     """Write the tokenizer's file and ``tokenizer_config.json``; returns their names.
 
     The file is the run's, byte for byte, unless it would add tokens, cut or pad texts by itself:
-    then these settings are taken out.
+    then these settings are taken out. A SentencePiece model of which transformers makes another
+    tokenizer than SentencePiece gets no ``tokenizer_config.json``, and stderr says so: no tokenizer
+    is better than one with other ids.
 
     Args:
         tokenizer: of the run.
@@ -46,7 +52,26 @@ def write_tokenizer(tokenizer: Tokenizer, directory: Path, max_length: int) -> l
         values |= {"tokenizer_class": "LlamaTokenizer", "legacy": False}
         values |= {"add_bos_token": False, "add_eos_token": False}
     write_json(directory / CONFIG, values)
+    if not isinstance(tokenizer, HuggingFaceTokenizer) and not _agrees(tokenizer, directory):
+        (directory / CONFIG).unlink()
+        print(
+            f"WARNING: AutoTokenizer would give other ids than {tokenizer.file_name} in training: "
+            f"{CONFIG} is left out; encode with the sentencepiece library",
+            file=sys.stderr,
+        )
+        return [tokenizer.file_name]
     return [tokenizer.file_name, CONFIG]
+
+
+def _agrees(tokenizer: Tokenizer, directory: Path) -> bool:
+    """Whether ``AutoTokenizer`` is there and makes the same tokenizer of what was written."""
+    try:
+        from transformers import AutoTokenizer
+
+        theirs = AutoTokenizer.from_pretrained(directory)
+    except (ImportError, ValueError, OSError):
+        return False
+    return all(theirs(text)["input_ids"] == tokenizer.encode(text) for text in _PROBES)
 
 
 def _plain(content: bytes) -> bytes:
