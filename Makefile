@@ -63,8 +63,11 @@ study: install ## runs and table of STUDY (a file or a name): STUDY=table-1-cpu 
 clean-demo: ## forget the demo: corpus, data, runs
 	rm -rf runs/demo
 
-test: install ## run the tests, TEST_JOBS at a time
-	$(PY) -m pytest -n $(TEST_JOBS) --dist worksteal
+test: install ## run the tests, TEST_JOBS at a time; those marked slow are for the night
+	$(PY) -m pytest -n $(TEST_JOBS) --dist worksteal -m "not slow"
+
+nightly: install ## run the slow tests: real widths, campaigns, whole programs
+	$(PY) -m pytest -n $(TEST_JOBS) --dist worksteal -m slow
 
 native-sanitize: install ## the native kernels' tests once under AddressSanitizer and UBSan
 	PYTHON=$(PY) scripts/native_sanitize.sh
