@@ -50,20 +50,21 @@ def kernels(table_dtype: str = "bf16") -> Iterator[tuple[Any, dict[str, Any], di
     """Each kernel with its constants and argument types, for V = 512, h = 2, E = 4."""
     import triton.language as tl
 
-    from ultramem_ds.kernels import triton as module
+    from ultramem_ds.kernels import triton_programs as programs
+    from ultramem_ds.kernels.triton import RUN
 
     table = dict.fromkeys(("values", "pooled", "grad"), f"*{table_dtype}")
     types = table | dict.fromkeys(_FP32, "*fp32") | dict.fromkeys(_IDS, "*i64")
     types |= dict.fromkeys(_SCALARS, "fp32")
     tile: dict[str, Any] = {"ACCUMULATE": tl.float32, "TILE_V": 512}
-    run = {**tile, "RUN": module.RUN}
-    yield module._pool_rectangular, {**tile, "TILE_E": 4}, types
-    yield module._pool_ragged, tile, types
-    yield module._entry_dots, {"ACCUMULATE": tl.float32, "TILE_C": 256}, types
-    yield module._row_runs, run, types
-    yield module._join_runs, run, types
-    yield module._row_backward_atomic, tile, types
-    yield module._row_adam, {"TILE_V": 512}, types | {"grad": "*fp32"}
+    run = {**tile, "RUN": RUN}
+    yield programs.pool_rectangular_program, {**tile, "TILE_E": 4}, types
+    yield programs.pool_ragged_program, tile, types
+    yield programs.entry_dots_program, {"ACCUMULATE": tl.float32, "TILE_C": 256}, types
+    yield programs.row_runs_program, run, types
+    yield programs.join_runs_program, run, types
+    yield programs.row_backward_atomic_program, tile, types
+    yield programs.row_adam_program, {"TILE_V": 512}, types | {"grad": "*fp32"}
 
 
 def compile_for(target: str) -> Iterator[Code]:
