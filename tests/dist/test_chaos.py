@@ -12,6 +12,7 @@ from ultramem_ds.testing.chaos import main
 pytestmark = pytest.mark.dist
 
 
+@pytest.mark.slow
 def test_short_campaign(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     faults = ["flipped checkpoint"]
     arguments = ["--trials", "1", "--work", str(tmp_path / "work")]

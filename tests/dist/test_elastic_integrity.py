@@ -16,6 +16,7 @@ from ultramem_ds.checkpoint.record import LAYOUT, write_layout, write_rank_layou
 from ultramem_ds.checkpoint.safe import safe_load
 from ultramem_ds.infer.load import load_model
 from ultramem_ds.testing.distributed import run_ranks
+from ultramem_ds.zero.capture import STATE_CLASSES
 from ultramem_ds.checkpoint import directory as checkpoints
 
 SHARD = "zero_pp_rank_1_mp_rank_00_optim_states.pt"
@@ -63,7 +64,7 @@ def rerecord(checkpoint: Path, rank: int, files: list[str]) -> None:
 
 def damage_nan(checkpoint: Path, leg: Leg) -> None:
     """As if training itself had written it: the record is made anew."""
-    stored = safe_load(checkpoint / SHARD, mmap=False)
+    stored = safe_load(checkpoint / SHARD, mmap=False, classes=STATE_CLASSES)
     stored["optimizer_state_dict"]["fp32_flat_groups"][2].data[5] = float("nan")
     torch.save(stored, checkpoint / SHARD)
     rerecord(checkpoint, 1, [SHARD])

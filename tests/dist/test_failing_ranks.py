@@ -96,6 +96,6 @@ def test_ranks_save_and_end_without_their_launcher(prepared: Path, tmp_path: Pat
     assert len(victims) == 1
     victims[0].kill()
     assert job.ended(40.0), (job.kill(), job.output()[-3000:])
-    assert "its launcher is gone" in job.output()
+    # What it says goes nowhere: the console was the launcher's.
     assert "orphaned" in {fault["kind"] for fault in faults_of(job.run_dir)}
     assert latest_checkpoint(job.run_dir) is not None  # it had none before

@@ -114,6 +114,7 @@ def assert_fresh_copy(source: Path, run_dir: Path) -> None:
         torch.testing.assert_close(reader.buffers()[name], value, rtol=0.0, atol=0.05)
 
 
+@pytest.mark.slow
 def test_init_from_a_run_of_one_rank(prepared: Path, trained: Path, tmp_path: Path) -> None:
     """Other world size, scheme, precision, dropout, batch, sequence length and seed."""
     run_dir = tmp_path / "tuned"

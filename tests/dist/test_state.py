@@ -44,6 +44,7 @@ def test_resume_continues_to_the_last_digit(prepared: Path, tmp_path: Path) -> N
 def test_no_rank_allocates_a_whole_table(prepared: Path, tmp_path: Path) -> None:
     """One table that dominates: 512^2 rows of 64 fp32 columns, 67 MB."""
     overrides = [*SMALL, "memory.placement=2:3", "memory.knum=512", "train.micro_batch_size=1"]
+    overrides += ["memory.wire_gb_per_s=1", "memory.memory_gb_per_s=10"]  # measuring reads 128 MiB
     job = {"overrides": overrides, "data": str(prepared)}
     world_size = 4
     found = check("largest_allocation", job, tmp_path, nproc=world_size)

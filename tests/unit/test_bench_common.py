@@ -89,11 +89,8 @@ def test_variants_of_the_lookup_bench_compute_the_same_thing(cores):
     grad_RV = lookup_bench.grad_RV.clone()
     dense_grad, dense_grad_weights = variants["dense-gradient"]()
     sparse_grad, sparse_grad_weights = variants["sparse-coalesce"]()
-    touched = variants["backward-rows"]()
     torch.testing.assert_close(dense_grad.view(16, 8), grad_RV)
     torch.testing.assert_close(sparse_grad.to_dense().view(16, 8), grad_RV)
-    torch.testing.assert_close(touched.grad_UV, grad_RV[touched.rows_U])
-    torch.testing.assert_close(touched.grad_scores, grad_scores_TKh)
     # embedding_bag's weights lie in (token, core, entry) order when there is one projector.
     expected = grad_scores_TKh.transpose(1, 2).flatten()
     torch.testing.assert_close(dense_grad_weights, expected)

@@ -9,6 +9,7 @@ from importlib import metadata
 
 import pytest
 from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 from tests.dist.launching import ROOT
 from ultramem_ds.doctor.software import requirements
@@ -62,8 +63,8 @@ def test_every_import_is_declared() -> None:
         module
         for module in sorted(imported())
         if module in distributions
-        and not {name.replace("_", "-") for name in distributions[module]}
-        & {name.replace("_", "-") for name in needed}
+        and not {canonicalize_name(name) for name in distributions[module]}
+        & {canonicalize_name(name) for name in needed}
     ]
     assert not undeclared
 

@@ -27,8 +27,8 @@ def toys(tmp_path_factory):
 def test_results_are_lm_evals_json_and_a_table(trained, toys, tmp_path, capsys):
     output = tmp_path / "out"
     command = ["evaluate", "--checkpoint", str(trained), "--tasks", "boolq,winogrande,hellaswag"]
-    command += ["--task-data", str(toys), "--limit", "8", "--output", str(output)]
-    assert main(command) == 0
+    command += ["--task-data", str(toys), "--limit", "8"]
+    assert main([*command, "--output", str(output), "--max-length", "8"]) == 0
     printed = capsys.readouterr()
     document = json.loads((output / "results.json").read_text())
     for key in ("results", "configs", "versions", "n-shot", "higher_is_better", "n-samples"):
@@ -36,21 +36,21 @@ def test_results_are_lm_evals_json_and_a_table(trained, toys, tmp_path, capsys):
     assert document["results"]["boolq"]["acc_stderr,none"] > 0
     facts = document["ultramem"]
     assert facts["prefix_token"]["text"] == "<|endoftext|>"
-    assert facts["max_length"] == 32
+    assert facts["max_length"] == 8
     assert set(facts["seeds"]) == {"random", "numpy", "torch", "fewshot"}
     assert {"lm_eval", "torch", "ultramem_ds"} <= set(facts["versions"])
     assert facts["local_data_lacks"]["boolq"] == ["no train split"]
     table = (output / "results.md").read_text()
     assert table in printed.out
     assert "end-of-text" in table
-    # 32 tokens do not hold every prompt: said in the file, in the table and on standard error.
+    # 8 tokens do not hold every prompt: said in the file, in the table and on standard error.
     cut = facts["requests"]["boolq"]["truncated"]
     assert 0 < cut <= facts["requests"]["boolq"]["asked"] == 16
     sentence = f"boolq: {cut} of 16 requests were too long for the model"
     assert sentence in table
     assert sentence in printed.err
     # A longer reach cuts nothing.
-    assert main([*command[:-2], "--max-length", "200", "--json"]) == 0
+    assert main([*command, "--max-length", "200", "--json"]) == 0
     again = json.loads(capsys.readouterr().out)
     assert all(cuts["truncated"] == 0 for cuts in again["ultramem"]["requests"].values())
 

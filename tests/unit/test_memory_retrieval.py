@@ -186,6 +186,7 @@ def test_bf16_selects_in_fp32():
     assert selection.aux_loss.dtype == torch.float32
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(
     resolve("auto", torch.device("cpu")).name != "cpu", reason="inductor needs a compiler"
 )

@@ -75,6 +75,10 @@ class TableShard:
         """values_RV, this rank's block in the parameter's dtype, detached from any graph."""
         return self._read().detach().view(self.layout.shape)
 
+    def own_values(self) -> Tensor:
+        """:meth:`values` without the rows that pad the table."""
+        return self.values()[: self.layout.block(self.spec).num_rows]
+
     @property
     def grad_RV(self) -> Tensor:
         """The accumulation buffer (R, V), fp32 (fp64 for an fp64 table); zeros at first use."""

@@ -111,7 +111,7 @@ class Zero3State:
         for buffer, params in enumerate(self._zero.fp16_groups):
             offset = 0
             for param in params:
-                block = self._table_blocks.get(id(param)) or _flat_slice(param)
+                block = self._table_blocks.get(id(param)) or flat_slice(param)
                 if block.numel:
                     found.append(Piece(self._names[id(param)], buffer, offset, block))
                 offset += param.partition_numel()
@@ -150,7 +150,7 @@ class Zero3State:
         self._zero.checkpoint_event_epilogue()
 
 
-def _flat_slice(param: Any) -> Block:
+def flat_slice(param: Any) -> Block:
     """This rank's elements of a parameter that ZeRO-3 cuts into equal slices, the last padded."""
     numel = param.partition_numel()
     first = param.ds_zero_partition_rank * numel

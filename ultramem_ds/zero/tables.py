@@ -34,6 +34,7 @@ from ultramem_ds.sharding.blocks import Block
 from ultramem_ds.sharding.comm import Comm
 from ultramem_ds.sharding.shard import TableShard
 from ultramem_ds.zero.deepspeed_import import deepspeed
+from ultramem_ds.zero.state import flat_slice
 
 
 def partitioned_construction(engine_config: dict[str, Any]) -> Any:
@@ -163,8 +164,9 @@ class Zero3Tables:
         """
         found: dict[str, Callable[[], Tensor]] = {}
         for index, (layer, shard) in enumerate(zip(layers, self.shards)):
-            found[f"layer_{index}/value"] = shard.values
-            found[f"layer_{index}/key"] = shard_reader(layer.retrieval.keys.weight)
+            found[f"layer_{index}/value"] = shard.own_values
+            keys = layer.retrieval.keys.weight
+            found[f"layer_{index}/key"] = lambda p=keys: p.ds_tensor[: flat_slice(p).numel]  # type: ignore[misc]
         return found
 
     def publish_gradients(self) -> None:
