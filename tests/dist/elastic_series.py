@@ -37,6 +37,8 @@ SHARED = [
 ]
 # 27 * 27 = 729 rows: odd, so that 2 and 4 ranks pad differently.
 MEMORY = [
+    "memory.wire_gb_per_s=1",  # as configured, so that partition=auto is the same on any machine
+    "memory.memory_gb_per_s=10",
     "memory.placement=1:2",
     "memory.knum=27",
     "memory.value_dim=16",
