@@ -85,6 +85,7 @@ def peak_of(command: list[str]) -> dict[str, float]:
     if process.wait():
         raise SystemExit(f"{' '.join(command)} failed")
     seconds = round(time.perf_counter() - begin, 1)
+    print(" ".join(command)[:60], peaks, f"{seconds} s", file=sys.stderr, flush=True)
     return {"anonymous_mb": peaks["RssAnon"] / 1e3, "mapped_mb": peaks["RssFile"] / 1e3,
             "time_s": seconds}  # fmt: skip
 
@@ -115,7 +116,7 @@ def main() -> None:
     parser.add_argument("--json", action="store_true")
     arguments = parser.parse_args()
     results = {}
-    for name, knum in (("tiny", 16), ("large", arguments.knum)):
+    for name, knum in (("large", arguments.knum), ("tiny", 16)):
         with tempfile.TemporaryDirectory(dir=arguments.directory) as scratch:
             results[name] = measure(Path(scratch), knum)
     table_mb = arguments.knum**2 * VALUE_DIM * 4 / 1e6

@@ -50,7 +50,8 @@ def run_body(
     if bits:
         for layer in engine.model.memory_layers:
             round_before_ranking(layer.retrieval, bits)
-    log = SelectionLog(engine.model, imposed)
+    tensors = imposed and {key: torch.from_numpy(slots) for key, slots in imposed.items()}
+    log = SelectionLog(engine.model, tensors)
     mixture = Mixture(args.data, "train", seq_len=config.model.seq_len, weights={}, seed=0)
     loader = BatchLoader(
         mixture,
@@ -81,7 +82,9 @@ def main() -> None:
 
     def run(ranks: int, bits: int = 0, imposed: Slots | None = None, steps: int = 0) -> list[Any]:
         steps = steps or args.steps
-        return run_ranks(run_body, ranks, args, steps, bits, imposed, timeout_s=7200)
+        # As arrays: a tensor would travel as a file descriptor, of which a process start takes 256.
+        arrays = imposed and {key: slots.numpy() for key, slots in imposed.items()}
+        return run_ranks(run_body, ranks, args, steps, bits, arrays, timeout_s=7200)
 
     one, slots, _ = run(1)[0]
     free = run(args.ranks)[0][0]

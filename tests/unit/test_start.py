@@ -41,7 +41,7 @@ with runtime() as ranks:
     engine = TrainEngine(config, ranks, json, plan_batches(config, 1), Phases())
     tokens = torch.zeros(2, config.model.seq_len + 1, dtype=torch.int64)
     engine.train_step(iter([MicroBatch(tokens, ())] * 4), 0)
-print([m for m in ("torch._dynamo", "torch._inductor", "triton", "sympy") if m in sys.modules])
+print([m for m in ("torch._dynamo", "torch._inductor", "triton") if m in sys.modules])
 """
 
 

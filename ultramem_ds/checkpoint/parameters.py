@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from unittest import mock
+
 import torch
+from torch import nn
 
 from ultramem_ds.checkpoint.record import ParameterRecord
 from ultramem_ds.config.schema import Config
@@ -11,7 +14,8 @@ from ultramem_ds.model.lm import LanguageModel
 
 def parameter_records(config: Config) -> dict[str, ParameterRecord]:
     """Name and shape of every parameter of the one-process model, from the configuration."""
-    with torch.device("meta"):
+    # Drawing values that nobody sees would load torch's compiler on the meta device.
+    with torch.device("meta"), mock.patch.object(nn.init, "normal_"):
         model = LanguageModel(config)
     return {
         name: ParameterRecord(tuple(param.shape), getattr(param, "role", None) == "table")

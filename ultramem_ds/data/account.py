@@ -102,7 +102,10 @@ def account_of(found: Survey, units: Sequence[FinishedUnit]) -> Account:
 def complaints_of(found: Survey) -> list[str]:
     """What ``--strict`` does not let pass, before anything is read."""
     skipped = [entry for entry in found.skipped if not entry.expected]
-    return [*([summary(skipped)] if skipped else []), *(f"{n}: {t}" for n, t in found.notes)]
+    return [
+        *([f"not read: {summary(skipped)}"] if skipped else []),
+        *(f"{n}: {t}" for n, t in found.notes),
+    ]
 
 
 def _reasons(found: Survey, *, expected: bool) -> dict[str, list[str]]:

@@ -239,7 +239,7 @@ def say_skipped(found: Survey, *, strict: bool) -> None:
     if complaints and strict:
         raise ValueError(f"--strict: {'; '.join(complaints)}")
     for complaint in complaints:
-        logger.warning("not read: %s", complaint)
+        logger.warning("%s", complaint)
 
 
 def _be_strict(account: Account, bad: Counter[str]) -> None:
@@ -257,7 +257,7 @@ def _try_tokenizer(plan: _Preparation, units: Sequence[Unit]) -> None:
     step = max(1, len(units) // _SAMPLED_UNITS)
     texts = [
         record.text[:_SAMPLED_CHARACTERS]
-        for unit in units[::step]
+        for unit in units[::step][:_SAMPLED_UNITS]
         for record in islice(read_unit(unit, plan.config.reading), _SAMPLED_DOCUMENTS)
         if isinstance(record, Document)
     ]
