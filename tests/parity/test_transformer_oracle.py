@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from ultramem_ds.config.load import load_config
 from ultramem_ds.model.init import init_module
 from ultramem_ds.model.lm import LanguageModel
-from ultramem_ds.model.transformer import AttentionContext, rotary_tables, rotate
+from ultramem_ds.model.transformer import rotary_tables, rotate
 
 # S tokens, D hidden, A heads, K head width, W vocabulary.
 Array = NDArray[np.float64]
@@ -109,5 +109,5 @@ def test_rotation_is_that_of_transformers_llama() -> None:
     positions_BS = torch.arange(33)[None]
     cos, sin = llama.LlamaRotaryEmbedding(config)(x_BASK, positions_BS)
     expected, _ = llama.apply_rotary_pos_emb(x_BASK, x_BASK, cos, sin)
-    context = AttentionContext(*rotary_tables(positions_BS, 16, 10_000.0, torch.float32))
-    torch.testing.assert_close(rotate(x_BASK, context), expected, rtol=1e-6, atol=1e-6)
+    turned = rotate(x_BASK, *rotary_tables(positions_BS, 16, 10_000.0, torch.float32))
+    torch.testing.assert_close(turned, expected, rtol=1e-6, atol=1e-6)
