@@ -125,9 +125,8 @@ def test_shared_prefix(served: Served):
 
 
 @pytest.mark.parametrize("variant", ["moe", "ultramem"])
-def test_two_ranks(export, variant: str, monkeypatch: pytest.MonkeyPatch):
+def test_two_ranks(export, variant: str):
     """Heads, inner widths, vocabulary and table rows over two processes."""
-    monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "nobind")  # else: a NUMA node per rank
     exported = export(variant)
     prompts = prompts_of(*LENGTHS)
     with engine(exported.directory, tensor_parallel_size=2) as llm:
