@@ -54,6 +54,7 @@ def loss_with_loop(run_dir: Path, data: Path, masked: bool) -> dict[str, float]:
     return losses
 
 
+@pytest.mark.slow
 def test_train_resume_evaluate_generate(prepared: Path, tmp_path: Path) -> None:
     run_dir = tmp_path / "run"
     command = ["train", "--preset", "ultramem-debug", "--data", str(prepared)]
