@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import signal
 import socket
 
 import pytest
 
-from ultramem_ds.utils.environment import World, adopt, first_host, speaks, world_of
+from ultramem_ds.cli import main
+from ultramem_ds.utils.environment import World, adopt, first_host, rank_told, world_of
 from ultramem_ds.utils.hostfile import parse_hostfile
 from ultramem_ds.utils.launch import parse_launch
 from ultramem_ds.utils.ports import free_port, is_taken
@@ -111,8 +113,8 @@ def test_the_world_is_written_in_one_language() -> None:
     assert place(world_of(without(environ, *SRUN))) == place(world)
     alone: dict[str, str] = {}
     assert adopt(alone) == World() and not alone
-    assert speaks({}) and speaks({"SLURM_PROCID": "0"})
-    assert not speaks(SRUN) and not speaks(OPEN_MPI) and not speaks(TORCHRUN)
+    assert rank_told({}) == rank_told({"SLURM_PROCID": "0"}) == 0
+    assert rank_told(SRUN) and rank_told(OPEN_MPI) and rank_told(TORCHRUN)
 
 
 @pytest.mark.parametrize(
@@ -190,3 +192,17 @@ def test_a_port_is_chosen_where_one_machine_knows_it() -> None:
     assert one.port != 29500 and one.made_hosts == {"node-0": 2}
     several = parse_launch(["--node_rank", "1", "--make_hostfile", "2:2", "--master_port", ""])
     assert several.port == 29500
+
+
+def test_an_error_of_another_rank_alone_is_said(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(main, "_AFTER_RANK_0_S", 0.01)
+    for rank, begin in (("0", "error: "), ("3", "error on rank 3: ")):
+        monkeypatch.setenv("RANK", rank)
+        before = signal.getsignal(signal.SIGTERM)
+        try:
+            assert main.main(["count", "--preset", "no-such"]) == 2
+        finally:
+            signal.signal(signal.SIGTERM, before)
+        assert capsys.readouterr().err.startswith(begin)

@@ -60,7 +60,9 @@ def rates_body(rank: int, world_size: int, cache: Path) -> dict[str, Any]:
     world, groups = Comm(), make_groups()
     config = load_config("ultramem-debug")
     memory = config.memory
+    drawn = torch.get_rng_state()
     first = run_rates(memory, world, groups.shard, CPU, 4)
+    same_draws = torch.equal(drawn, torch.get_rng_state())
     stored = cache / str(rank) / "ultramem_ds" / "rates.json"
     if rank == 1:  # what this rank finds is not what rank 0 finds
         kind = machine_kind(CPU, world_size, world_size, memory.value_dim * 4)
@@ -71,7 +73,13 @@ def rates_body(rank: int, world_size: int, cache: Path) -> dict[str, Any]:
     for wire, rows in ((0.001, 1000.0), (1000.0, 0.001)):
         extreme = replace(memory, wire_gb_per_s=wire, memory_gb_per_s=rows, value_dim=16)
         chosen.append(decide_partition(replace(config, memory=extreme), world, groups, CPU))
-    return {"first": first, "second": second, "chosen": chosen, "stored": stored.exists()}
+    return {
+        "first": first,
+        "second": second,
+        "chosen": chosen,
+        "stored": stored.exists(),
+        "same": same_draws,
+    }
 
 
 @pytest.mark.dist
@@ -84,6 +92,7 @@ def test_ranks_measure_once_and_rank_0_decides(tmp_path: Path) -> None:
             theirs.memory_gb_per_s,
         )
     assert "measured now" in zero["first"].source and zero["stored"]
+    assert zero["same"] and one["same"]  # else dropout would depend on which start measured
     assert "earlier start" in zero["second"].source
     assert zero["second"].wire_gb_per_s == zero["first"].wire_gb_per_s
     assert 0.001 < zero["first"].wire_gb_per_s < 1000 and zero["first"].memory_gb_per_s > 0.01

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
+from itertools import cycle
 from typing import Any
 
 import torch
@@ -48,6 +49,7 @@ FAIR_SHARE = 0.7  # of the mixture's own roofline
 RATIOS = (("moe", "ultramem"), ("moe", "pkm"), ("moe", "dense"), ("ultramem", "dense"))
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 _COUNTED_STEPS = 4  # over which distinct experts and rows are counted
+_GRAPHS = 4  # replayed in turn; the weights read between two replays of one leave no cache warm
 _PROBE_ELEMENTS = 1 << 27
 
 
@@ -121,6 +123,8 @@ class _Bench:
         state = BenchState(model, batch, pool)
         step = _step(model, state, batch)
         touched = Touched(*count_touched(model, step, _COUNTED_STEPS))
+        if self.bench.device == "cuda":
+            step = _as_graphs(step)
         parts = step_parts(config, batch, self.dtype.itemsize, pool.num_bytes, touched)
         return _Case(config, routing, step, parts, touched)
 
@@ -175,11 +179,32 @@ def _step(model: LanguageModel, state: BenchState, batch: int) -> Callable[[], o
     generator = torch.Generator().manual_seed(batch)
     tokens_B1 = torch.randint(weight.shape[0], (batch, 1), generator=generator).to(weight.device)
 
+    @torch.no_grad()
     def step() -> object:
-        with torch.no_grad():
-            return model.hidden(tokens_B1, state=state)[0]
+        return model.hidden(tokens_B1, state=state)[0]
 
     return step
+
+
+def _as_graphs(step: Callable[[], object]) -> Callable[[], object]:
+    """``step`` as ``generate`` runs it on a GPU: as CUDA graphs, each of another routing."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        step()
+    torch.cuda.current_stream().wait_stream(stream)
+    graphs: list[torch.cuda.CUDAGraph] = []
+    for _ in range(_GRAPHS):
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=graphs[0].pool() if graphs else None):
+            step()
+        graphs.append(graph)
+    turn = cycle(graphs)
+
+    def replay(alive: object = step) -> None:  # whose tensors the graphs read
+        next(turn).replay()
+
+    return replay
 
 
 def ratios(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:

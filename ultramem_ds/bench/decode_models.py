@@ -289,8 +289,10 @@ class BenchState:
         return StepInputs(self.position_11, None, None)
 
     def keep_conv(self, index: int, inputs_BSD: Tensor, state_BCD: Tensor | None) -> None:
-        """See ``DecodeState``."""
-        self.conv[index] = state_BCD
+        """See ``DecodeState``; the address stays, for graphs."""
+        address = self.conv[index]
+        if address is not None and state_BCD is not None:
+            address.copy_(state_BCD)
 
 
 def count_touched(

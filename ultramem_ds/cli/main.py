@@ -5,7 +5,9 @@ from __future__ import annotations
 import argparse
 import importlib
 import os
+import signal
 import sys
+import time
 from collections.abc import Sequence
 from typing import Any
 
@@ -29,6 +31,8 @@ VERBS = {
     "study": "study",
     "doctor": "doctor",
 }
+
+_AFTER_RANK_0_S = 5.0  # launchers look at their processes about once a second
 
 
 class AnyOrderParser(argparse.ArgumentParser):
@@ -65,6 +69,20 @@ def build_parser(verbs: Sequence[str] = tuple(VERBS)) -> argparse.ArgumentParser
     return parser
 
 
+def _say(error: Exception) -> None:
+    """The error's line, once for all ranks.
+
+    Rank 0 speaks at once. The launcher ends the other ranks a moment after the first has failed: one
+    that lives beyond that has met what rank 0 has not.
+    """
+    rank = environment.rank_told()
+    if rank:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)  # training would save and go on at it
+        time.sleep(_AFTER_RANK_0_S)
+    whose = f"error on rank {rank}" if rank else "error"
+    print(f"{whose}: {error}", file=sys.stderr, flush=True)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one verb; a ``ValueError`` or ``OSError`` becomes one line and exit code 2."""
     argv = list(sys.argv[1:] if argv is None else argv)
@@ -75,8 +93,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (ValueError, OSError) as error:
         if os.environ.get("ULTRAMEM_TRACEBACK"):
             raise
-        if environment.speaks():
-            print(f"error: {error}", file=sys.stderr, flush=True)
+        _say(error)
         return 2
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr, flush=True)

@@ -23,7 +23,7 @@ from ultramem_ds.bench.lookup import LookupBenchConfig, run_lookup_bench
 from ultramem_ds.config.load import load_config
 from ultramem_ds.infer.cache import DecodeCache
 from ultramem_ds.infer.generate import EagerStepper, Stepper
-from ultramem_ds.infer.graphs import FixedStep, GraphStepper
+from ultramem_ds.infer.graphs import FixedStep, GraphStepper, can_capture
 from ultramem_ds.infer.prepare import prepare_for_decoding
 from ultramem_ds.kernels import describe, lookup_reduce, row_adam_
 from ultramem_ds.model.init import init_module
@@ -33,6 +33,8 @@ from ultramem_ds.sharding.execution import make_executor
 KINDS = ("dense", "pkm", "moe", "ultramem")
 # fp32 sums in another order, amplified by the steps: a wrong kernel is off by far more.
 LOSS_RTOL = 1e-3
+# Attention over a masked buffer sums in another order: some roundings of 2^-9 through four blocks.
+BF16_LOGITS_RTOL = 5e-2
 KERNEL_RTOL = {torch.float32: 1e-4, torch.bfloat16: 2e-2}
 
 
@@ -167,10 +169,13 @@ def decoding(setting: Setting) -> str:
         model = LanguageModel(config)
         init_module(model, config, seed=0)
         prepare_for_decoding(model.to(setting.device))
+        rtol = LOSS_RTOL
+        if setting.device.type == "cuda" and not can_capture(model):
+            model, rtol = model.to(torch.bfloat16), BF16_LOGITS_RTOL
         with torch.no_grad():
             eager, fixed = (_decode(model, setting, fixed) for fixed in (False, True))
         error = float((eager - fixed).abs().max() / eager.abs().max())
-        if not error <= LOSS_RTOL:
+        if not error <= rtol:
             raise AssertionError(f"{kind}: logits of fixed buffers are off by {error:.2g}")
         said.append(f"{kind} {error:.1g}")
     how = "fixed buffers" if setting.device.type == "cpu" else "CUDA graphs"

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ultramem_ds.infer.cache import DecodeCache
-from ultramem_ds.infer.graphs import GraphStepper
+from ultramem_ds.infer.graphs import GraphStepper, can_capture
 from ultramem_ds.infer.peers import ALONE, Peers
 from ultramem_ds.infer.sampling import Sampling, choose
 from ultramem_ds.model.lm import LanguageModel, Scored
@@ -113,7 +113,7 @@ def stream(
     generators = [sampling.generator(i, device) for i in live]
     logits_BW = last_logits(model, tokens_BS.to(device), cache)
     # A captured graph holds no collective.
-    graphs = device.type == "cuda" and peers.world_size == 1
+    graphs = device.type == "cuda" and peers.world_size == 1 and can_capture(model)
     stepper: Stepper = GraphStepper(model, cache) if graphs else EagerStepper(model, cache)
     for remaining in reversed(range(sampling.max_new_tokens)):
         kept: list[int] = []

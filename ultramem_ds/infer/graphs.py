@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from ultramem_ds.infer.cache import DecodeCache
+from ultramem_ds.infer.experts import GroupedExperts
 from ultramem_ds.model.lm import LanguageModel, StepInputs
 
 # B sequences, A attention heads, C capacity in positions, K head width, W vocabulary.
@@ -91,6 +92,12 @@ class FixedStep:
         logits_BW = self.model.logits(self.tokens_B1, state=self.state)[:, -1]
         self.state.leave()
         return logits_BW
+
+
+def can_capture(model: LanguageModel) -> bool:
+    """Whether a step of ``model`` fits a graph: torch's grouped product asks the host in fp32."""
+    experts = (module for module in model.modules() if isinstance(module, GroupedExperts))
+    return all(module.up.packed_X.dtype == torch.bfloat16 for module in experts)
 
 
 class GraphStepper:

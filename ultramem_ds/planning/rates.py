@@ -169,8 +169,13 @@ def memory_gb_per_s(values_RV: Tensor, rounds: int, num_bytes: int) -> float:
     row_bytes = values_RV.shape[1] * values_RV.element_size()
     entries = max(32, num_bytes // row_bytes)
     offsets = torch.arange(0, entries, 32, device=device)
+    # A generator of its own: what a run draws later must not depend on whether this was measured.
+    draw = torch.Generator(device).manual_seed(0)
     requests = iter(
-        [torch.randint(len(values_RV), (entries,), device=device) for _ in range(rounds + 1)]
+        [
+            torch.randint(len(values_RV), (entries,), device=device, generator=draw)
+            for _ in range(rounds + 1)
+        ]
     )
 
     def read() -> None:

@@ -226,8 +226,8 @@ def adopt(environ: MutableMapping[str, str] = os.environ) -> World:
     return world
 
 
-def speaks(environ: Mapping[str, str] = os.environ) -> bool:
-    """Whether this process says what it refuses: not if a launcher numbered it above 0."""
+def rank_told(environ: Mapping[str, str] = os.environ) -> int:
+    """The number that a launcher gave this process; 0 without one."""
     numbers = ("RANK", "SLURM_PROCID", "OMPI_COMM_WORLD_RANK", "PMI_RANK")
     number = next((environ[name] for name in numbers if environ.get(name)), "0")
-    return not number.isdigit() or int(number) == 0
+    return int(number) if number.isdigit() else 0

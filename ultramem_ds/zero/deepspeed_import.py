@@ -9,6 +9,7 @@
   that is 66 MB less in every process.
 - What it marks as never to be compiled stays unmarked (:func:`without_compiler`): nothing here
   compiles it, and a mark loads torch's compiler, 100 MB and seconds in every process.
+- Its marks for a profiler's timeline, some thousand calls a step, are off.
 - Its Muon optimizer, which nothing here offers, stays uncompiled: every engine imports it, which
   would load torch's compiler at every start (1.6 s).
 """
@@ -44,6 +45,7 @@ with contextlib.redirect_stdout(sys.__stderr__), without_compiler():
     import deepspeed.comm
     import deepspeed.ops
     import deepspeed.runtime.compiler
+    import deepspeed.utils.nvtx
     from deepspeed.utils.tensor_fragment import fragment_address
 
     if not torch.cuda.is_available() and "triton" not in sys.modules:
@@ -55,6 +57,8 @@ with contextlib.redirect_stdout(sys.__stderr__), without_compiler():
 
     with mock.patch.object(deepspeed.runtime.compiler, "compile", lambda: lambda code: code):
         import deepspeed.runtime.zero.muon.original_muon
+
+deepspeed.utils.nvtx.enable_nvtx = False
 
 # Raised by DeepSpeed's own calls of torch, once per call site and rank.
 warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")

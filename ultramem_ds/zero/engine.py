@@ -8,8 +8,10 @@ from typing import Any
 
 import torch
 
+from ultramem_ds.config.deepspeed import zero_stage
 from ultramem_ds.config.schema import Config
 from ultramem_ds.model.lm import LanguageModel
+from ultramem_ds.model.transformer import Block
 from ultramem_ds.optim.adamw import AdamW
 from ultramem_ds.optim.param_groups import build_param_groups
 from ultramem_ds.zero.deepspeed_import import deepspeed, without_compiler
@@ -40,6 +42,11 @@ def start_engine(
     if config.model.kind == "moe":
         groups = deepspeed.moe.utils.split_params_into_different_moe_groups_for_optimizer(groups)
         groups = [group for group in groups if group["params"]]
+    if zero_stage(engine_config) == 3:
+        # A block is gathered whole: ZeRO-3's hooks on each of its ten modules cost more than they
+        # save. Safe for a module whose parameters all meet its input: their gradients are there
+        # when the input's is, which is when DeepSpeed takes them.
+        deepspeed.utils.set_z3_leaf_modules(model, [Block])
     with contextlib.redirect_stdout(sys.__stderr__), without_compiler():
         engine, _, _, _ = deepspeed.initialize(
             model=model,
