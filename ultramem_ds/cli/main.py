@@ -72,8 +72,8 @@ def build_parser(verbs: Sequence[str] = tuple(VERBS)) -> argparse.ArgumentParser
 def _say(error: Exception) -> None:
     """The error's line, once for all ranks.
 
-    Rank 0 speaks at once. The launcher ends the other ranks a moment after the first has failed: one
-    that lives beyond that has met what rank 0 has not.
+    Rank 0 speaks at once. The launcher ends the other ranks a moment after the first has failed:
+    one that lives beyond that has met what rank 0 has not.
     """
     rank = environment.rank_told()
     if rank:
