@@ -71,6 +71,7 @@ OPTIM = {
     "value_lr_multiplier": 3.0,
     "value_weight_decay": 0.3,
     "key_lr_multiplier": 2.0,
+    "gain_lr_multiplier": 0.5,
 }
 
 

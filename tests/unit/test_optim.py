@@ -49,9 +49,10 @@ def test_groups_are_disjoint_and_complete(kind: str) -> None:
     assert decays["matrices"] == 0.1 and decays["norms"] == 0.0
 
 
-def test_keys_and_tables_may_have_rates_and_decays_of_their_own() -> None:
+def test_keys_gains_and_tables_may_have_rates_and_decays_of_their_own() -> None:
     config = load_config(
-        "ultramem-debug", ["optim.key_lr_multiplier=3", "optim.value_weight_decay=0"]
+        "ultramem-debug",
+        ["optim.key_lr_multiplier=3", "optim.gain_lr_multiplier=0.1", "optim.value_weight_decay=0"],
     )
     with torch.device("meta"):
         model = LanguageModel(config)
@@ -59,15 +60,20 @@ def test_keys_and_tables_may_have_rates_and_decays_of_their_own() -> None:
     by_name = {group["name"]: group for group in groups}
     keys = [memory.retrieval.keys.weight for memory in model.memory_layers]
     assert [id(p) for p in by_name["keys"]["params"]] == [id(p) for p in keys]
+    retrievals = [memory.retrieval for memory in model.memory_layers]
+    gains = [norm.weight for each in retrievals for norm in (each.query.norm, each.keys.norm)]
+    assert {id(p) for p in by_name["gains"]["params"]} == {id(p) for p in gains}
     assert {name: group["weight_decay"] for name, group in by_name.items()} == {
         "matrices": 0.1,
         "keys": 0.1,
         "norms": 0.0,
+        "gains": 0.0,
         "tables": 0.0,
     }
     for step in (0, 50, 199):
-        rates = {name: SCHEDULES[name](step, 200, config.optim) for name in ("keys", "matrices")}
+        rates = {name: SCHEDULES[name](step, 200, config.optim) for name in by_name}
         assert rates["keys"] == pytest.approx(3 * rates["matrices"])
+        assert rates["gains"] == pytest.approx(0.1 * rates["norms"])
     plain = build_param_groups(model.named_parameters(), load_config("ultramem-debug").optim)
     assert [group["name"] for group in plain] == ["matrices", "norms", "tables"]
 

@@ -8,7 +8,7 @@ from typing import TypedDict
 from torch import nn
 
 from ultramem_ds.config.schema import OptimConfig
-from ultramem_ds.optim.schedule import dense_lr, key_lr, value_lr
+from ultramem_ds.optim.schedule import dense_lr, gain_lr, key_lr, value_lr
 
 # role of a parameter -> name of its group
 _GROUP_OF_ROLE = {
@@ -24,6 +24,7 @@ SCHEDULES: dict[str, Callable[[int, int, OptimConfig], float]] = {
     "matrices": dense_lr,
     "keys": key_lr,
     "norms": dense_lr,
+    "gains": gain_lr,
     "tables": value_lr,
 }
 
@@ -43,16 +44,23 @@ def build_param_groups(
 ) -> list[ParamGroup]:
     """Sort trainable parameters into groups: disjoint and complete, or an error.
 
-    The memory layers' keys have a group of their own where their rate is another.
+    The memory layers' keys, and the gains of their queries and keys, have groups of their own where
+    their rates are others.
 
     Raises:
         ValueError: for a parameter without a known ``role``, or one that appears twice.
     """
+    other_rate = {
+        "memory_keys": ("keys", optim.key_lr_multiplier),
+        "memory_query_norm": ("gains", optim.gain_lr_multiplier),
+        "memory_keys_norm": ("gains", optim.gain_lr_multiplier),
+    }
     decay = {
         "matrices": optim.weight_decay,
         "keys": optim.weight_decay,
         "tables": optim.table_weight_decay,
         "norms": optim.weight_decay if optim.decay_norms else 0.0,
+        "gains": optim.weight_decay if optim.decay_norms else 0.0,
     }
     groups: dict[str, ParamGroup] = {}
     seen: dict[int, str] = {}
@@ -68,8 +76,9 @@ def build_param_groups(
         if not param.requires_grad:
             continue
         key = _GROUP_OF_ROLE[role]
-        if optim.key_lr_multiplier != 1 and getattr(param, "init", None) == "memory_keys":
-            key = "keys"
+        own, multiplier = other_rate.get(getattr(param, "init", ""), (key, 1.0))
+        if multiplier != 1:
+            key = own
         if key not in groups:
             groups[key] = ParamGroup(
                 name=key, schedule=key, params=[], weight_decay=decay[key], lr=optim.lr

@@ -41,3 +41,8 @@ def value_lr(step: int, max_steps: int, optim: OptimConfig) -> float:
 def key_lr(step: int, max_steps: int, optim: OptimConfig) -> float:
     """Learning rate of the memory layers' keys: ``key_lr_multiplier`` times the dense rate."""
     return optim.key_lr_multiplier * dense_lr(step, max_steps, optim)
+
+
+def gain_lr(step: int, max_steps: int, optim: OptimConfig) -> float:
+    """Learning rate of the gains of queries and keys: ``gain_lr_multiplier`` times the dense."""
+    return optim.gain_lr_multiplier * dense_lr(step, max_steps, optim)
