@@ -13,19 +13,22 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from statistics import mean
 from typing import Any
 
 from ultramem_ds.config.load import load_config
 from ultramem_ds.demo.corpus import write_corpus
 from ultramem_ds.model.accounting import count
-from ultramem_ds.telemetry.report import markdown_table, plot_losses, read_run
+from ultramem_ds.telemetry.report import Curves, markdown_table, plot_losses, read_run
 from ultramem_ds.utils.files import write_json
 
 ROOT = Path("runs/demo")
 PRESETS = ("dense-debug", "moe-debug", "ultramem-debug")
 NUM_RANKS = 2
 OVERRIDES = ("train.max_steps=150", "train.eval_every=75", "train.save_every=75")
-LAUNCHER = Path(__file__).resolve().parents[2] / "launch" / "one_node.sh"
+CHECKOUT = Path(__file__).resolve().parents[2]
+LAUNCHER = CHECKOUT / "launch" / "one_node.sh"
+STUDY = CHECKOUT / "docs" / "studies" / "kinds-small-gpu.json"
 
 
 def _run(command: list[str]) -> None:
@@ -101,6 +104,21 @@ def summarise(presets: tuple[str, ...]) -> list[dict[str, Any]]:
     return records
 
 
+def published_curves() -> tuple[str, Curves] | None:
+    """Validation losses of the longest study in ``docs/``, means over seeds; None elsewhere."""
+    if not STUDY.exists():
+        return None
+    by_kind: dict[str, list[list[list[float]]]] = {}
+    for run in json.loads(STUDY.read_text())["runs"]:
+        by_kind.setdefault(run["line"], []).append(run["validation"]["all"])
+    curves = {
+        kind: [(points[0][0], mean(loss for _, loss in points)) for points in zip(*seeds)]
+        for kind, seeds in by_kind.items()
+    }
+    seeds = max(len(runs) for runs in by_kind.values())
+    return f"a longer study's validation loss, {seeds} seeds", curves
+
+
 def main() -> None:
     """Run all stages and print the comparison; with ``--prepare-only`` stop at the data."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -118,7 +136,9 @@ def main() -> None:
         )
     records = summarise(PRESETS)
     write_json(ROOT / "summary.json", records)
-    plot_losses([read_run(ROOT / name) for name in PRESETS], ROOT / "losses.png")
+    longer = published_curves()
+    runs = [read_run(ROOT / name) for name in PRESETS]
+    plot_losses(runs, ROOT / "losses.png", beside=longer)
     entropy = unigram_entropy(data, load_config("ultramem-debug").model.vocab_size)
     _stage("result")
     train = load_config("ultramem-debug", OVERRIDES).train
@@ -148,6 +168,10 @@ def main() -> None:
         "the ordering later. docs/study.md says what longer runs give, and which settings suit "
         "each kind."
     )
+    if longer is not None:
+        tokens = max(points[-1][0] for points in longer[1].values())
+        ends = ", ".join(f"{kind} {points[-1][1]:.2f}" for kind, points in longer[1].items())
+        print(f"{longer[0]} after {tokens / 1e6:.2f} M tokens of another corpus: {ends}")
     print(f"summary: {ROOT / 'summary.json'}   curves: {ROOT / 'losses.png'}")
     print(f"TensorBoard: make tensorboard LOGDIR={ROOT}")
     print(f"took {time.perf_counter() - begin:.0f} s")

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import Any, TypeAlias
 
 from ultramem_ds.config.load import load_run_config
 from ultramem_ds.telemetry.markdown import markdown_table
@@ -36,14 +36,35 @@ def read_run(run_dir: Path) -> dict[str, Any]:
     }
 
 
-def plot_losses(runs: Sequence[dict[str, Any]], path: Path, smooth: int = 20) -> None:
-    """Training loss (running mean) and validation loss of each run over tokens."""
+Curves: TypeAlias = Mapping[str, Sequence[tuple[float, float]]]  # by name, (tokens, loss)
+
+
+def plot_losses(
+    runs: Sequence[dict[str, Any]],
+    path: Path,
+    smooth: int = 20,
+    beside: tuple[str, Curves] | None = None,
+) -> None:
+    """Training loss (running mean) and validation loss of each run over tokens.
+
+    Args:
+        runs: as :func:`read_run` returned them.
+        path: of the PNG.
+        smooth: steps of the running mean.
+        beside: title and curves of a third panel.
+    """
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    figure, axes = plt.subplots(1, 2, figsize=(12, 4.5), layout="constrained")
+    titles = [f"training loss, mean of {smooth} steps", "validation loss"]
+    titles += [] if beside is None else [beside[0]]
+    figure, axes = plt.subplots(
+        1, len(titles), figsize=(6 * len(titles), 4.5), layout="constrained"
+    )
+    for name, points in ({} if beside is None else beside[1]).items():
+        axes[2].plot(*zip(*points), marker="o", label=name)
     for run in runs:
         # A skipped step's loss may be null: no number.
         good = [record for record in run["metrics"] if record["loss"] is not None]
@@ -60,7 +81,7 @@ def plot_losses(runs: Sequence[dict[str, Any]], path: Path, smooth: int = 20) ->
         points = [(at_step[v["step"]], v["all"]) for v in run["validation"] if v["step"] in at_step]
         if points:
             axes[1].plot(*zip(*points), marker="o", label=run["name"])
-    for axis, title in zip(axes, (f"training loss, mean of {smooth} steps", "validation loss")):
+    for axis, title in zip(axes, titles):
         axis.set(xlabel="tokens", ylabel="nats per token", title=title)
         axis.grid(alpha=0.3)
         if axis.lines:
