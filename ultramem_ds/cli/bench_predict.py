@@ -122,11 +122,9 @@ def _show_parts(document: dict[str, Any]) -> None:
 
 
 def _show_comparison(document: dict[str, Any]) -> None:
-    print(
-        f"{document['gpu']}; {document['launch_us']:.2f} us per launch, fitted to the row so marked"
-    )
+    print(f"{document['gpu']}, ms; {document['launch_us']:.2f} us per launch, fitted to one row\n")
     _table(
-        ["model", "batch", "launches", "roofline ms", "launch-bound ms", "measured ms", "measured / launch-bound"],
+        ["model", "batch", "launches", "roofline", "launch-bound", "measured", "of launch-bound"],
         [
             [
                 *(row["preset"], str(row["batch"]), str(row["launches"])),
@@ -135,7 +133,7 @@ def _show_comparison(document: dict[str, Any]) -> None:
             ]
             for row in document["rows"]
         ],
-    )  # fmt: skip
+    )
 
 
 def _show_figures(document: dict[str, Any]) -> None:
