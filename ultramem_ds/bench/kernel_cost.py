@@ -11,6 +11,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from ultramem_ds.bench.decode_cost import Part
+from ultramem_ds.planning.costs import distinct_rows
 
 RUN = 64  # sorted entries of one program of ``row_runs_program``
 
@@ -45,12 +46,7 @@ class LookupShape:
     @property
     def distinct(self) -> float:
         """U, as expected of uniform ids."""
-        return distinct_rows(self.num_rows, self.asked)
-
-
-def distinct_rows(num_rows: int, draws: int) -> float:
-    """Distinct rows among uniform ``draws``, as expected."""
-    return num_rows * (1.0 - (1.0 - 1.0 / num_rows) ** draws)
+        return distinct_rows(self.asked, self.num_rows)
 
 
 def lookup_programs(shape: LookupShape) -> list[Part]:

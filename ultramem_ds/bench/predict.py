@@ -21,11 +21,12 @@ from ultramem_ds.bench.common import header
 from ultramem_ds.bench.decode import FAMILIES, KV_MODES
 from ultramem_ds.bench.decode_cost import Part, Rates, Touched, paper_bytes, step_parts
 from ultramem_ds.bench.decode_models import KV_LENGTH, KVMode
-from ultramem_ds.bench.kernel_cost import LookupShape, distinct_rows, lookup_programs
+from ultramem_ds.bench.kernel_cost import LookupShape, lookup_programs
 from ultramem_ds.bench.launches import Launch, build_dry, count_launches
 from ultramem_ds.config.presets import preset
 from ultramem_ds.config.schema import Config
 from ultramem_ds.model.lm import LanguageModel
+from ultramem_ds.planning.costs import distinct_rows
 from ultramem_ds.telemetry.peak_flops import data_sheet_flops_per_s
 
 # GB/s of the SXM part's memory, from the vendor's data sheets; bf16 rates: telemetry/peak_flops.py.
@@ -83,7 +84,7 @@ def touched_by(config: Config, batch: int) -> Touched:
         experts = float(min(config.moe.top_k * batch, config.moe.num_experts))
     if config.has_memory:
         memory = config.memory
-        rows = distinct_rows(memory.num_rows, batch * memory.rows_per_token)
+        rows = distinct_rows(batch * memory.rows_per_token, memory.num_rows)
     return Touched(experts, rows)
 
 
