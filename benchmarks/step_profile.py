@@ -2,9 +2,9 @@
 
     python -m benchmarks.step_profile --variant ultramem
 
-The step is that of ``bench step`` (``--shape``, one rank). Prints one line per CUDA runtime call that
-launches, copies or waits: how often per step, and the host's time in it; then how long the device
-computed. Without a GPU it counts torch's operators instead.
+The step is that of ``bench step`` (``--shape``, one rank). Prints one line per CUDA runtime call
+that launches, copies or waits: how often per step, and the host's time in it; then how long the
+device computed. Without a GPU it counts torch's operators instead.
 """
 
 from __future__ import annotations
