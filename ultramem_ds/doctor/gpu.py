@@ -272,7 +272,7 @@ def decode_rates(setting: Setting) -> str:
                 dtype="fp32" if setting.rehearse else "bf16",
                 device=setting.device.type,
                 rounds=3,
-                sample_s=1e-3 if setting.rehearse else 0.3,
+                sample_s=1e-3 if setting.rehearse else 0.05,
             )
         )
         said += [

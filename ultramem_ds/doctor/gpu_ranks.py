@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import torch
 from torch import Tensor
 
@@ -26,7 +28,7 @@ def check_lookups(device_type: str) -> str:
     Raises:
         AssertionError: a result is off by more than ``RTOL``.
     """
-    backend = "nccl" if device_type == "cuda" else "gloo"
+    backend: Literal["gloo", "nccl"] = "nccl" if device_type == "cuda" else "gloo"
     found = run_ranks(_errors, 2, device_type, timeout_s=120.0, backend=backend)
     worst = {scheme: max(errors[scheme] for errors in found) for scheme in SCHEMES}
     for scheme, error in worst.items():
