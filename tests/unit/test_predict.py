@@ -80,7 +80,8 @@ def test_a_launch_takes_at_least_its_time():
 
 
 def test_published_rates_order_the_gpus():
-    step = Step.of(build_dry(preset("ultramem-debug")), 1, "none")
+    config = preset("ultramem-debug")
+    step = Step.of(config, build_dry(config), 1, "none")
     times = [step.times(0.0)[gpu] for gpu in GPUS]
     rooflines = [row["roofline_ms"] for row in times]
     assert rooflines == sorted(rooflines, reverse=True)

@@ -130,7 +130,8 @@ def build_dry(config: Config) -> LanguageModel:
     model.bfloat16()
     for memory in model.memory_layers:
         if isinstance(memory.retrieval.form, TuckerCore):
-            memory.retrieval.form = _KnownDirections(memory.retrieval.form)
+            form = _KnownDirections(memory.retrieval.form)
+            memory.retrieval.add_module("form", form)
     return prepare_for_decoding(model)
 
 

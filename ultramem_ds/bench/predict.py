@@ -141,10 +141,22 @@ class Step:
 
     @classmethod
     def of(
-        cls, model: LanguageModel, batch: int, kv_mode: KVMode, experts: float | None = None
+        cls,
+        config: Config,
+        model: LanguageModel,
+        batch: int,
+        kv_mode: KVMode,
+        experts: float | None = None,
     ) -> Step:
-        """Count; ``experts`` distinct ones read per layer, as balanced routing has them if None."""
-        config = model.config
+        """Count.
+
+        Args:
+            config: of the model.
+            model: of :func:`build_dry`.
+            batch: sequences.
+            kv_mode: what is cached.
+            experts: distinct ones read per layer; None: as balanced routing has them.
+        """
         touched = touched_by(config, batch)
         if experts is not None:
             touched = replace(touched, experts=experts)
@@ -188,7 +200,7 @@ def model_of(name: str) -> LanguageModel:
 def run_predict(predict: PredictConfig) -> dict[str, Any]:
     """Predict and return ``{"rows": [...], "lookups": [...], "rates": {...}, ...}``."""
     rows = [
-        Step.of(model_of(name), batch, mode).row(predict.launch_us)
+        Step.of(preset(name), model_of(name), batch, mode).row(predict.launch_us)
         for mode in predict.kv_modes
         for batch in predict.batches
         for name in FAMILIES[predict.size]
@@ -224,7 +236,13 @@ def compare(path: Path) -> dict[str, Any]:
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"--measured {path}: no document of bench decode: {error}") from None
     steps = [
-        Step.of(model_of(row["preset"]), row["batch"], row["kv_mode"], row["distinct_experts"])
+        Step.of(
+            preset(row["preset"]),
+            model_of(row["preset"]),
+            row["batch"],
+            row["kv_mode"],
+            row["distinct_experts"],
+        )
         for row in rows
     ]
     rates = [Rates(row["bandwidth_bytes_per_s"], row["matmul_flops_per_s"]) for row in rows]

@@ -83,7 +83,9 @@ def run_figures(launch_us: float) -> dict[str, Any]:
 
 def _times(batch: int, mode: KVMode, launch_us: float, names: dict[str, str]) -> Times:
     rates = published(GPU)
-    steps = {kind: Step.of(model_of(name), batch, mode) for kind, name in names.items()}
+    steps = {
+        kind: Step.of(preset(name), model_of(name), batch, mode) for kind, name in names.items()
+    }
     return Times(
         batch,
         mode,
@@ -132,7 +134,7 @@ def _growth(launch_us: float) -> Iterator[dict[str, Any]]:
     """Figure 6c: fewer experts or rows, at equal activated parameters."""
     rates = published(GPU)
     for config, name, units in _grown():
-        step = Step.of(build_dry(config), GROWTH_BATCH, "eighth")
+        step = Step.of(config, build_dry(config), GROWTH_BATCH, "eighth")
         yield {
             "variant": name,
             "kind": config.model.kind,
