@@ -8,8 +8,9 @@ than as torch's meta device would: the lookup is one Triton program, attention o
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 from unittest import mock
 
@@ -132,7 +133,16 @@ def build_dry(config: Config) -> LanguageModel:
         if isinstance(memory.retrieval.form, TuckerCore):
             form = _KnownDirections(memory.retrieval.form)
             memory.retrieval.add_module("form", form)
-    return prepare_for_decoding(model)
+    prepare_for_decoding(model)
+    with torch.no_grad():  # derives the search keys, as the first step of a run does
+        _step(model, 1, "none")()
+    return model
+
+
+def _step(model: LanguageModel, batch: int, kv_mode: KVMode) -> Callable[[], object]:
+    pool = KVPool(model.config.model, batch, kv_mode, model.embedding.weight)
+    tokens_B1 = torch.zeros(batch, 1, dtype=torch.int64, device=META)
+    return partial(model.hidden, tokens_B1, state=BenchState(model, batch, pool))
 
 
 def count_launches(
@@ -146,10 +156,7 @@ def count_launches(
         kv_mode: cached keys and values that a token sees.
         touched_experts: distinct ones that a step reads per layer.
     """
-    like = model.embedding.weight
-    state = BenchState(model, batch, KVPool(model.config.model, batch, kv_mode, like))
-    tokens_B1 = torch.zeros(batch, 1, dtype=torch.int64, device=META)
-    watch = _Watch(touched_experts)
+    watch, step = _Watch(touched_experts), _step(model, batch, kv_mode)
 
     def lookup(kernel: ReferenceKernel, *args: Any) -> Tensor:
         return _lookup(watch, *args)
@@ -161,11 +168,9 @@ def count_launches(
         torch.no_grad(),
         mock.patch.object(ReferenceKernel, "lookup", lookup),
         mock.patch.object(ReferenceKernel, "attend", attend),
+        watch,
     ):
-        model.hidden(tokens_B1, state=state)  # derives the search keys
-        watch.launches.clear()
-        with watch:
-            model.hidden(tokens_B1, state=state)
+        step()
     return watch.launches
 
 

@@ -21,7 +21,7 @@ from ultramem_ds.config.schema import Config
 
 GPU = "A100"
 SIZE = "1.6b"
-BATCHES = (1, 16, 64, 256)
+BATCHES = (1, 64, 256)
 GROWTH_BATCH = 512
 GROWTH = (4, 2, 1)  # experts by this, table rows by its square
 
