@@ -34,7 +34,7 @@ class Claim:
         figure: of the paper.
         paper: what its text says.
         predicted: the same by our counting.
-        agrees: whether the prediction is what the sentence says.
+        agrees: whether the prediction is what the sentence says, give or take a quarter.
     """
 
     figure: str
@@ -103,7 +103,7 @@ def _speed_claims(times: list[Times]) -> Iterator[Claim]:
             "1b",
             "MoE 2 to 6 times slower than dense, by batch",
             f"KV {mode}, batch 1 to 64: {min(moe):.1f} to {max(moe):.1f} times",
-            min(moe) >= 1.5 and 4.0 <= max(moe) <= 8.0,
+            min(moe) >= 1.5 and 4.5 <= max(moe) <= 7.5,
         )
         best = max((row for row in times if row.kv_mode == mode), key=_moe_over_ultramem)
         at_64 = next(row for row in rows if row.batch == 64)
