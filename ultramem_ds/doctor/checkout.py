@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import re
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -10,7 +11,7 @@ from pathlib import Path
 
 import ultramem_ds
 
-MARK = "mark.gpu"
+MARK = re.compile(r"^@pytest\.mark\.gpu$", re.MULTILINE)
 TIMEOUT_S = 240.0
 
 
@@ -30,7 +31,7 @@ def marked_files(but: Sequence[str] = ()) -> list[Path]:
     if importlib.util.find_spec("pytest") is None:
         raise NoCheckoutError("pytest is not installed: pip install -e '.[test]' in the checkout")
     files = sorted(tests.rglob("test_*.py"))
-    return [path for path in files if path.name not in but and MARK in path.read_text()]
+    return [path for path in files if path.name not in but and MARK.search(path.read_text())]
 
 
 def run_marked(files: Sequence[Path], collect_only: bool) -> str:
@@ -46,7 +47,10 @@ def run_marked(files: Sequence[Path], collect_only: bool) -> str:
     command = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "-p", "no:cacheprovider"]
     command += ["--collect-only"] if collect_only else []
     command += [str(path.relative_to(root)) for path in files]
-    done = subprocess.run(command, cwd=root, capture_output=True, text=True, timeout=TIMEOUT_S)
+    try:
+        done = subprocess.run(command, cwd=root, capture_output=True, text=True, timeout=TIMEOUT_S)
+    except subprocess.TimeoutExpired:
+        raise AssertionError(f"no end after {TIMEOUT_S:.0f} s") from None
     lines = [line for line in done.stdout.splitlines() if line.strip()]
     if done.returncode != 0:
         failed = [line for line in lines if line.startswith(("FAILED", "ERROR"))]
