@@ -50,7 +50,7 @@ def test_a_failing_marked_test_fails_the_step(tmp_path, monkeypatch):
         "import pytest\n@pytest.mark.gpu\ndef test_it():\n    assert False\n"
     )
     (outcome,) = gpu.run_steps(rehearse=True, steps={"tests": gpu.tests})
-    assert outcome.status == "ok"  # only collected
+    assert outcome.status == "ok" and outcome.detail.startswith("1 test collected")
     with pytest.raises(AssertionError, match=r"FAILED tests/test_one.py::test_it"):
         checkout.run_marked(checkout.marked_files(), collect_only=False)
 

@@ -44,7 +44,9 @@ def run_marked(files: Sequence[Path], collect_only: bool) -> str:
     if not files:
         raise NoCheckoutError("no test of this checkout is marked gpu")
     root = Path(ultramem_ds.__file__).parents[1]
-    command = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "-p", "no:cacheprovider"]
+    # Without the checkout's own options, which say too little at the end.
+    command = [sys.executable, "-m", "pytest", "-o", "addopts=-q", "-p", "no:cacheprovider"]
+    command += ["-m", "gpu"]
     command += ["--collect-only"] if collect_only else []
     command += [str(path.relative_to(root)) for path in files]
     try:
