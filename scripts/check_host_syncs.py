@@ -42,7 +42,6 @@ ALLOWED: dict[str, tuple[tuple[str, ...], str]] = {
     "model/init.py:score_moments": (("float", "float"), "initialisation"),
     "model/moe.py:forward": (("bincount", "tolist"), "one process's loop; decoding is grouped"),
     "model/memory/scores.py:_decompose": (("cpu",), _ONCE + "every rank gets the same bits"),
-    "model/memory/scores.py:forward": (("cpu",), _ONCE + "the previous directions' sign"),
     "model/memory/scores.py:singular_vectors": (("svd",), "on the CPU"),
     "model/memory/stats.py:touched_share": (("int", "float"), "once per statistics window"),
     "model/memory/stats.py:usage_kl": (("float", "float", "mask"), "once per statistics window"),
@@ -66,8 +65,8 @@ ALLOWED: dict[str, tuple[tuple[str, ...], str]] = {
     "zero/row_sparse.py:open": (("unique",), "row-sparse: the size of the rows touched"),
     "zero/row_sparse.py:take_gradient": (("tolist",), _ONCE + "copies exchange unequal parts"),
     "zero/row_sparse.py:_reduce_whole": (("nonzero",), _ONCE + "the size of the rows touched"),
-    "zero/gradient_norms.py:_combine": (("float", "cpu"), _ONCE + "the host judges the norm"),
-    "train/engine.py:train_step": (("tolist", "tolist"), _ONCE + "what is logged"),
+    "zero/gradient_norms.py:read": (("tolist",), _ONCE + "what is logged"),
+    "train/engine.py:train_step": (("cpu", "tolist", "tolist"), _ONCE + "what is logged"),
 }
 
 

@@ -1,4 +1,4 @@
-"""Runs of a few optimizer steps of tiny models on gloo ranks, for tests of checkpoints.
+"""Runs of a few optimizer steps of tiny models on ranks, for tests of checkpoints and curves.
 
 The batches depend on the step alone, so that every world size sees the same ones.
 """
@@ -96,8 +96,10 @@ def micro_batches(config: Config, ranks: Ranks, begin: int) -> Iterator[MicroBat
 
 def build_engine(leg: Leg, rank: int, world_size: int) -> TrainEngine:
     """The engine of a leg, nothing loaded."""
-    deepspeed.init_distributed("gloo", verbose=False)
-    ranks = Ranks(rank, world_size, rank, torch.device("cpu"))
+    backend = torch.distributed.get_backend()
+    deepspeed.init_distributed(backend, verbose=False)
+    device = torch.device("cuda", rank) if backend == "nccl" else torch.device("cpu")
+    ranks = Ranks(rank, world_size, rank, device)
     json = load_deepspeed_json(leg.deepspeed_file, leg.config.model.kind)
     return TrainEngine(leg.config, ranks, json, plan_batches(leg.config, world_size), Phases())
 

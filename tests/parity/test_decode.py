@@ -119,6 +119,7 @@ def test_fixed_buffers_say_when_they_are_full():
         FixedStep(model, cache)
 
 
+@pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 @pytest.mark.parametrize("kind", KINDS)
 @torch.no_grad()

@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 CHECKS = Path(__file__).with_name("kernels_triton_checks.py")
 REPOSITORY = Path(__file__).parents[2]
@@ -17,9 +18,19 @@ REPOSITORY = Path(__file__).parents[2]
 
 def test_triton_kernels_under_the_interpreter():
     pytest.importorskip("triton")
+    run_checks(TRITON_INTERPRET="1")
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+def test_triton_kernels_on_the_gpu():
+    run_checks()
+
+
+def run_checks(**settings):
     environment = {
-        **os.environ,
-        "TRITON_INTERPRET": "1",
+        **{key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"},
+        **settings,
         "PYTHONPATH": os.pathsep.join([str(REPOSITORY), os.environ.get("PYTHONPATH", "")]),
     }
     environment.pop("ULTRAMEM_KERNEL", None)

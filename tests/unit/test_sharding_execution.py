@@ -46,6 +46,7 @@ def test_the_setting_chooses():
 
 
 @pytest.mark.gpu
+@pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_side_stream_gives_the_same_bits():
     device = torch.device("cuda")

@@ -150,8 +150,15 @@ def run_step_bench(bench: StepBenchConfig) -> dict[str, Any]:
     for knum in bench.knums:
         for sequences in bench.sequences:
             for ranks in bench.ranks:
-                configs = _configs(bench, knum, sequences * ranks)
-                found = run_ranks(_measure, ranks, bench, configs, timeout_s=TIMEOUT_S)[0]
+                configs = step_configs(bench, knum, sequences * ranks)
+                found = run_ranks(
+                    _measure,
+                    ranks,
+                    bench,
+                    configs,
+                    timeout_s=TIMEOUT_S,
+                    backend="nccl" if torch.cuda.is_available() else "gloo",
+                )[0]
                 rows += _rows(configs, found, ranks, sequences * ranks * bench.seq_len)
     return {"rows": rows, **header(asdict(bench))}
 
@@ -179,7 +186,8 @@ def _rows(
         }
 
 
-def _configs(bench: StepBenchConfig, knum: int, global_batch_size: int) -> dict[str, Config]:
+def step_configs(bench: StepBenchConfig, knum: int, global_batch_size: int) -> dict[str, Config]:
+    """The configuration of every variant that ``bench`` asks for."""
     shape = SHAPES[bench.shape]
     configs: dict[str, Config] = {}
     for name in {"ultramem": None, **dict.fromkeys(bench.variants)}:
@@ -225,7 +233,7 @@ def _measure(
                 steps[name] = _plain_step(config, device)
             continue
         phases[name] = Phases()
-        steps[name] = _engine_step(config, ranks, phases[name])
+        steps[name] = engine_step(config, ranks, phases[name])
     for step in steps.values():
         for _ in range(WARMUP):
             step()
@@ -258,7 +266,8 @@ def _tokens(config: Config, world_size: int, device: torch.device) -> torch.Tens
     return torch.randint(config.model.vocab_size, shape, device=device)
 
 
-def _engine_step(config: Config, ranks: Ranks, phases: Phases) -> Callable[[], object]:
+def engine_step(config: Config, ranks: Ranks, phases: Phases) -> Callable[[], object]:
+    """A call that takes one optimizer step of ``train``'s engine on random tokens."""
     per_rank = config.train.global_batch_size // ranks.world_size
     config = replace(config, train=replace(config.train, micro_batch_size=per_rank))
     batches = plan_batches(config, ranks.world_size)

@@ -4,10 +4,17 @@ from __future__ import annotations
 
 import argparse
 
-from ultramem_ds.cli import bench_comm, bench_decode, bench_layer, bench_lookup, bench_step
+from ultramem_ds.cli import (
+    bench_comm,
+    bench_decode,
+    bench_layer,
+    bench_lookup,
+    bench_predict,
+    bench_step,
+)
 
 # A sub-verb is a module with add_parser(subparsers), which sets run_bench(args) -> int.
-_SUB_VERBS = (bench_lookup, bench_comm, bench_decode, bench_layer, bench_step)
+_SUB_VERBS = (bench_lookup, bench_comm, bench_decode, bench_layer, bench_step, bench_predict)
 
 
 def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:

@@ -34,6 +34,9 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
         "--rehearse", action="store_true", help="with --gpu: what has a CPU equivalent, on the CPU"
     )
     parser.add_argument(
+        "--steps", metavar="A,B", help="with --gpu: only these; their names stand in its output"
+    )
+    parser.add_argument(
         "--report", type=Path, metavar="DIR", help="with --gpu: gpu-check.md and .json go here"
     )
     parser.add_argument("--json", action="store_true", help="one JSON document on stdout")
@@ -45,8 +48,8 @@ def run(arguments: argparse.Namespace) -> int:
     """Check everything on rank 0, the ranks' connection on all."""
     if arguments.gpu:
         return _check_gpu(arguments)
-    if arguments.rehearse or arguments.report:
-        raise ValueError("--rehearse and --report belong to doctor --gpu")
+    if arguments.rehearse or arguments.report or arguments.steps:
+        raise ValueError("--rehearse, --report and --steps belong to doctor --gpu")
     from ultramem_ds.doctor import machine, software
     from ultramem_ds.doctor.finding import describe, must_fix, to_json
     from ultramem_ds.doctor.inputs import Wanted, check_inputs
@@ -86,10 +89,11 @@ def run(arguments: argparse.Namespace) -> int:
 
 def _check_gpu(arguments: argparse.Namespace) -> int:
     """Run the GPU's steps, a line each; 1 if one failed."""
-    from ultramem_ds.doctor.gpu import run_steps, write_report
+    from ultramem_ds.doctor.gpu import STEPS, chosen_steps, run_steps, write_report
 
+    steps = chosen_steps(arguments.steps.split(",")) if arguments.steps else STEPS
     outcomes = []
-    for outcome in run_steps(arguments.rehearse):
+    for outcome in run_steps(arguments.rehearse, steps):
         outcomes.append(outcome)
         if not arguments.json:
             print(outcome.line(), flush=True)

@@ -27,9 +27,10 @@ class MicroBatch:
     loss_mask: Tensor | None = None  # (b, S) bool, targets that count; None: all do
 
     def to(self, device: torch.device | str) -> MicroBatch:
-        """The same on ``device``."""
+        """The same on ``device``; to a GPU through pinned memory, for which no host waits."""
+        pinned = torch.device(device).type == "cuda"
         tensors: dict[str, Any] = {
-            name: value.to(device, non_blocking=True)
+            name: (value.pin_memory() if pinned else value).to(device, non_blocking=True)
             for name, value in vars(self).items()
             if isinstance(value, Tensor)
         }

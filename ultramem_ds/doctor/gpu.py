@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -17,10 +17,14 @@ from typing import Any, Literal, TypeAlias
 import torch
 from torch import Tensor
 
-from ultramem_ds.bench.common import header
+from ultramem_ds.bench.common import header, time_alternating
 from ultramem_ds.bench.decode import DecodeBenchConfig, run_decode_bench
+from ultramem_ds.bench.decode_cost import RateProbes
+from ultramem_ds.bench.kernel_cost import LookupShape, backward_parts, forward_parts
 from ultramem_ds.bench.lookup import LookupBenchConfig, run_lookup_bench
 from ultramem_ds.config.load import load_config
+from ultramem_ds.doctor.checkout import NoCheckoutError, marked_files, run_marked
+from ultramem_ds.doctor.gpu_ranks import check_lookups
 from ultramem_ds.infer.cache import DecodeCache
 from ultramem_ds.infer.generate import EagerStepper, Stepper
 from ultramem_ds.infer.graphs import FixedStep, GraphStepper, can_capture
@@ -30,6 +34,7 @@ from ultramem_ds.model.init import init_module
 from ultramem_ds.model.lm import LanguageModel
 from ultramem_ds.sharding.execution import make_executor
 
+_CURVES = "test_golden.py"  # its tests marked gpu are a step of their own
 KINDS = ("dense", "pkm", "moe", "ultramem")
 # fp32 sums in another order, amplified by the steps: a wrong kernel is off by far more.
 LOSS_RTOL = 1e-3
@@ -54,6 +59,11 @@ class Setting:
         """Optimizer steps of each kind."""
         return 3 if self.rehearse else 50
 
+    def synchronize(self) -> None:
+        """Wait for the device."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+
 
 @dataclass(frozen=True)
 class Outcome:
@@ -73,7 +83,7 @@ class Outcome:
 
     def line(self) -> str:
         """For people."""
-        return f"{self.status:4} {self.step:12} {self.elapsed_s:6.1f} s  {self.detail}"
+        return f"{self.status:4} {self.step:13} {self.elapsed_s:6.1f} s  {self.detail}"
 
 
 def environment(setting: Setting) -> str:
@@ -228,15 +238,27 @@ def streams(setting: Setting) -> str:
 
 
 def lookups(setting: Setting) -> str:
-    """``bench lookup`` at the 151M layer's shape."""
+    """``bench lookup`` at the 151M layer's shape, and the share of its roofline."""
     shape: dict[str, Any] = {"num_rows": 20_000, "tokens": (64,), "rounds": 3}
     if not setting.rehearse:
         shape = {"num_rows": 1_210_000, "tokens": (64, 2048), "rounds": 9}
-    document = run_lookup_bench(LookupBenchConfig(device=setting.device.type, **shape))
-    wanted = [row for row in document["rows"] if row["variant"] == "lookup_reduce"]
-    return "; ".join(
-        f"{row['tokens']} tokens {row['direction']} {row['time_ms']:.3g} ms" for row in wanted
-    )
+    config = LookupBenchConfig(device=setting.device.type, **shape)
+    document = run_lookup_bench(config)
+    probes = RateProbes(torch.zeros(1 << (22 if setting.rehearse else 27), device=setting.device))
+    timings = time_alternating(probes.calls, rounds=3, synchronize=setting.synchronize)
+    rates = probes.rates({name: timing.median_ms for name, timing in timings.items()})
+    said = []
+    for row in document["rows"]:
+        if row["variant"] != "lookup_reduce":
+            continue
+        lookup = LookupShape(tokens=row["tokens"], num_rows=config.num_rows, element_size=4)
+        parts = forward_parts if row["direction"] == "forward" else backward_parts
+        share = rates.least_ms(parts(lookup)) / row["time_ms"]
+        said.append(
+            f"{row['tokens']} tokens {row['direction']} {row['time_ms']:.3g} ms "
+            f"({share:.2g} of its roofline)"
+        )
+    return "; ".join(said)
 
 
 def decode_rates(setting: Setting) -> str:
@@ -250,7 +272,7 @@ def decode_rates(setting: Setting) -> str:
                 dtype="fp32" if setting.rehearse else "bf16",
                 device=setting.device.type,
                 rounds=3,
-                sample_s=1e-3 if setting.rehearse else 0.3,
+                sample_s=1e-3 if setting.rehearse else 0.05,
             )
         )
         said += [
@@ -262,14 +284,26 @@ def decode_rates(setting: Setting) -> str:
 
 
 def two_devices(setting: Setting) -> str:
-    """What needs a second GPU."""
-    if setting.device.type == "cpu" or torch.cuda.device_count() < 2:
-        raise SkippedError("one device: run `make train NPROC=2` where there are two")
-    for index in range(torch.cuda.device_count()):
-        x = torch.ones(1 << 20, device=f"cuda:{index}")
-        if float(x.to("cuda:0").sum()) != 1 << 20:
-            raise AssertionError(f"copies from cuda:{index} arrive damaged")
-    return f"copies between {torch.cuda.device_count()} devices arrive"
+    """What needs a second GPU: NCCL lookups of every scheme; rehearsed with gloo."""
+    count = 2 if setting.rehearse else torch.cuda.device_count()
+    if count < 2:
+        raise SkippedError("one device: NCCL wants a GPU per rank")
+    return check_lookups(setting.device.type)
+
+
+def tests(setting: Setting) -> str:
+    """The tests marked ``gpu``, but for the recorded curves; a rehearsal only collects them."""
+    return _marked(setting, marked_files(but=[_CURVES]))
+
+
+def golden_curves(setting: Setting) -> str:
+    """Training of every kind by the engine, against the recorded curves of two CPU ranks."""
+    return _marked(setting, [path for path in marked_files() if path.name == _CURVES])
+
+
+def _marked(setting: Setting, files: list[Path]) -> str:
+    said = run_marked(files, collect_only=setting.rehearse)
+    return f"{said}, none run" if setting.rehearse else said
 
 
 Step: TypeAlias = Callable[[Setting], str]
@@ -277,12 +311,26 @@ STEPS: dict[str, Step] = {
     "environment": environment,
     "kernels": kernels,
     "streams": streams,
-    "two devices": two_devices,
+    "two-devices": two_devices,
     "training": training,
     "decoding": decoding,
+    "tests": tests,
+    "golden-curves": golden_curves,
     "lookups": lookups,
-    "decode rates": decode_rates,
+    "decode-rates": decode_rates,
 }
+
+
+def chosen_steps(names: Sequence[str]) -> dict[str, Step]:
+    """Some of ``STEPS``, in their order.
+
+    Raises:
+        ValueError: there is no such step.
+    """
+    unknown = [name for name in names if name not in STEPS]
+    if unknown:
+        raise ValueError(f"--steps {unknown[0]}: use some of {', '.join(STEPS)}")
+    return {name: step for name, step in STEPS.items() if name in names}
 
 
 def run_steps(rehearse: bool, steps: dict[str, Step] | None = None) -> Iterator[Outcome]:
@@ -300,7 +348,7 @@ def run_steps(rehearse: bool, steps: dict[str, Step] | None = None) -> Iterator[
         status: Literal["ok", "FAIL", "skip"] = "ok"
         try:
             detail = step(setting)
-        except SkippedError as reason:
+        except (SkippedError, NoCheckoutError) as reason:
             status, detail = "skip", str(reason)
         except Exception as error:
             status, detail = "FAIL", f"{type(error).__name__}: {error}".splitlines()[0]

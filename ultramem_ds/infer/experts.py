@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ultramem_ds.infer.weights import Packer
-from ultramem_ds.model.moe import MixtureOfExperts
+from ultramem_ds.model.moe import MixtureOfExperts, sum_choices
 from ultramem_ds.model.transformer import FeedForward, MLPOutput
 
 # ``x_TD`` to weights ``(T, k)``, experts ``(T, k)`` and the balance loss.
@@ -51,5 +51,5 @@ class GroupedExperts(nn.Module):
         inner_MF = F.gelu(self.up(x_TD[tokens_M], ends_X))
         out_MD = self.down(inner_MF, ends_X).float()
         weighted_MD = out_MD * weights_Tk.flatten()[order_M].unsqueeze(-1)
-        y_TD = torch.zeros_like(x_TD, dtype=torch.float32).index_add(0, tokens_M, weighted_MD)
+        y_TD = sum_choices(weighted_MD, order_M, self.top_k)
         return MLPOutput(y_TD.to(x_BSD.dtype).view_as(x_BSD), balance_loss, counts_X)

@@ -70,8 +70,24 @@ def best_pairs(core_hHrr: Tensor | None, scores_2THcr: Tensor, top_m: int) -> tu
         grid_THcc = grid_scores(core_hHrr, *scores_2THcr.unbind(0))
         pairs_THm = grid_THcc.flatten(-2).topk(top_m).indices
         picks_2THm = torch.stack([pairs_THm // num_candidates, pairs_THm % num_candidates])
-    picked = scores_2THcr.gather(-2, picks_2THm[..., None].expand(*picks_2THm.shape, rank))
+    if scores_2THcr.requires_grad and scores_2THcr.device.type != "cpu":
+        picked = pick_in_order(scores_2THcr, picks_2THm)
+    else:
+        picked = scores_2THcr.gather(-2, picks_2THm[..., None].expand(*picks_2THm.shape, rank))
     return picks_2THm, pair_scores(core_hHrr, *picked.unbind(0))
+
+
+def pick_in_order(scores_2THcr: Tensor, picks_2THm: Tensor) -> Tensor:
+    """The picked candidates' scores, (2, T, H, m, r), whose gradients add up in a fixed order.
+
+    A candidate is in several pairs. On a GPU ``gather``'s backward adds their gradients in any
+    order, that of an index sorts them first.
+    """
+    num_candidates = scores_2THcr.shape[-2]
+    first_2TH1 = torch.arange(
+        0, scores_2THcr.shape[:-1].numel(), num_candidates, device=picks_2THm.device
+    ).view(*picks_2THm.shape[:-1], 1)
+    return scores_2THcr.flatten(0, -2)[first_2TH1 + picks_2THm]
 
 
 compiled_best_pairs = functools.cache(lambda: torch.compile(best_pairs))

@@ -64,3 +64,19 @@ class MixtureOfExperts(nn.Module):
             out_ED = expert(x_TD[rows_E]).float() * weights_Tk.flatten()[entry_E].unsqueeze(-1)
             y_TD = y_TD.index_add(0, rows_E, out_ED)
         return MLPOutput(y_TD.to(x_BSD.dtype).view_as(x_BSD), balance_loss, counts_X)
+
+
+def sum_choices(weighted_MD: Tensor, order_M: Tensor, top_k: int) -> Tensor:
+    """The sum of each token's k weighted answers, (T, D), in the order of its choices.
+
+    Whatever order the entries come in: adding them where they are (``index_add``) would on a GPU
+    add in any order.
+
+    Args:
+        weighted_MD: answers of the M = T*k entries.
+        order_M: which entry, token by token and choice by choice, each of them is.
+        top_k: k.
+    """
+    num_entries, width = weighted_MD.shape
+    entries_MD = torch.empty_like(weighted_MD).index_copy_(0, order_M, weighted_MD)
+    return entries_MD.view(num_entries // top_k, top_k, width).sum(1)

@@ -178,9 +178,10 @@ class Comm:
 
     def numbers_from_first(self, mine: Sequence[float]) -> list[float]:
         """What the group's first rank hands in, fp64; as many on every rank."""
+        if self.world_size == 1:
+            return [float(number) for number in mine]
         numbers = torch.tensor(mine, dtype=torch.float64, device=self._device)
-        if self.world_size > 1:
-            dist.broadcast(numbers, self.global_rank(0), group=self.group)
+        dist.broadcast(numbers, self.global_rank(0), group=self.group)
         found: list[float] = numbers.tolist()
         return found
 

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ultramem_ds.config.schema import ModelConfig, MoEConfig
-from ultramem_ds.model.moe import MixtureOfExperts
+from ultramem_ds.model.moe import MixtureOfExperts, sum_choices
 from ultramem_ds.model.transformer import FeedForward, MLPOutput
 from ultramem_ds.sharding.comm import Comm
 
@@ -62,8 +62,7 @@ class ShardedExperts(nn.Module):
         asked_MD = self.comm.all_to_all(x_TD[order_M // self.top_k], send, recv, "rows")
         answers_MD = self.comm.all_to_all(self._answer(asked_MD, wanted_PX), recv, send, "rows")
         weighted_MD = answers_MD.float() * weights_Tk.flatten()[order_M].unsqueeze(-1)
-        y_TD = torch.zeros_like(x_TD, dtype=torch.float32)
-        y_TD = y_TD.index_add(0, order_M // self.top_k, weighted_MD)
+        y_TD = sum_choices(weighted_MD, order_M, self.top_k)
         return MLPOutput(y_TD.to(x_BSD.dtype).view_as(x_BSD), balance_loss, counts_X)
 
     def _answer(self, asked_MD: Tensor, wanted_PX: Tensor) -> Tensor:

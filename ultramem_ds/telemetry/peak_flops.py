@@ -23,6 +23,11 @@ _BF16_TFLOPS = (
 )
 
 
+def data_sheet_flops_per_s(name: str) -> float | None:
+    """Dense bf16 FLOP/s of the GPU that torch calls ``name``, None where it is not known."""
+    return next((tflops * 1e12 for part, tflops in _BF16_TFLOPS if part in name), None)
+
+
 def peak_from_environment() -> float | None:
     """``ULTRAMEM_PEAK_TFLOPS`` in FLOP/s, None where it is not set.
 
@@ -56,9 +61,9 @@ def peak_flops_per_s(device: torch.device, precision: str) -> tuple[float, str]:
         return told, ENVIRONMENT
     if device.type == "cuda" and precision == "bf16":
         name = torch.cuda.get_device_name(device)
-        for part, tflops in _BF16_TFLOPS:
-            if part in name:
-                return tflops * 1e12, f"data sheet of {name}"
+        published = data_sheet_flops_per_s(name)
+        if published is not None:
+            return published, f"data sheet of {name}"
     return measure_matmul(device, precision), "a measured matrix product"
 
 

@@ -1,4 +1,4 @@
-"""Runs a function on several real gloo ranks of this machine and brings back what they returned.
+"""Runs a function on several real ranks of this machine and brings back what they returned.
 
     def body(rank: int, world_size: int, value: int) -> int:
         ...                                     # torch.distributed is initialised here
@@ -22,7 +22,7 @@ import traceback
 from collections.abc import Callable
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
@@ -38,15 +38,20 @@ class RankFailureError(AssertionError):
 
 
 def run_ranks(
-    body: Callable[..., Any], world_size: int, *args: Any, timeout_s: float = 300.0
+    body: Callable[..., Any],
+    world_size: int,
+    *args: Any,
+    timeout_s: float = 300.0,
+    backend: Literal["gloo", "nccl"] = "gloo",
 ) -> list[Any]:
-    """Calls ``body(rank, world_size, *args)`` on ``world_size`` gloo ranks.
+    """Calls ``body(rank, world_size, *args)`` on ``world_size`` ranks.
 
     Args:
         body: a module-level function; its result must pickle.
         world_size: number of processes.
         *args: handed to every rank, pickled.
         timeout_s: wall-clock limit for all ranks together, start-up included.
+        backend: with nccl rank i computes on GPU i, which is set before anything asks for memory.
 
     Returns:
         What each rank returned, in rank order.
@@ -65,7 +70,17 @@ def run_ranks(
             receiver, sender = context.Pipe(duplex=False)
             process = context.Process(
                 target=_rank_main,
-                args=(sender, body, rank, world_size, args, store.port, scratch, timeout_s),
+                args=(
+                    sender,
+                    body,
+                    rank,
+                    world_size,
+                    args,
+                    store.port,
+                    scratch,
+                    timeout_s,
+                    backend,
+                ),
                 daemon=True,
             )
             process.start()
@@ -132,6 +147,7 @@ def _rank_main(
     port: int,
     scratch: str,
     timeout_s: float,
+    backend: str,
 ) -> None:
     os.environ.update(
         RANK=str(rank),
@@ -146,9 +162,11 @@ def _rank_main(
     with open(os.path.join(scratch, f"stack-{rank}"), "w") as stack_file:
         faulthandler.register(signal.SIGUSR1, file=stack_file)
         try:
+            if backend == "nccl":
+                torch.cuda.set_device(rank)
             limit = datetime.timedelta(seconds=timeout_s)
             dist.init_process_group(
-                "gloo",
+                backend,
                 store=dist.TCPStore("127.0.0.1", port, is_master=False, timeout=limit),
                 rank=rank,
                 world_size=world_size,

@@ -142,7 +142,7 @@ class TrainEngine:
             self.model.mark_stale()
         assert counts is not None
         votes = self.ballot.cast(self.ranks.device)
-        packed = self.comm.all_reduce_(torch.cat([sums, votes, counts.flatten()]))
+        packed = self.comm.all_reduce_(torch.cat([sums, votes, counts.flatten()])).cpu()
         sums, votes, load = packed.split([len(sums), len(votes), counts.numel()])
         self.ballot.count(votes)
         loss, aux, balance = (

@@ -58,7 +58,8 @@ class Ballot:
 
     def cast(self, device: torch.device) -> Tensor:
         """This rank's votes (Q,), to be summed over all ranks."""
-        return torch.tensor([float(ask()) for ask in self._questions], device=device)
+        # Filled there: numbers copied from here would keep the host waiting.
+        return torch.stack([torch.full((), float(ask()), device=device) for ask in self._questions])
 
     def count(self, summed: Tensor) -> None:
         """Take the sum over all ranks (Q,)."""

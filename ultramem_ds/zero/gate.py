@@ -105,7 +105,8 @@ class StepGate:
             return
         scale = self._decision.grad_scale
         if self._fused:  # torch's fused kernels divide by it as they read the gradient
-            inverse = torch.tensor(1.0 / scale, device=params[0].device) if params else None
+            # Filled there: a number copied from here would keep the host waiting.
+            inverse = torch.full((), 1.0 / scale, device=params[0].device) if params else None
             optimizer.grad_scale = inverse if scale < 1.0 else None  # type: ignore[attr-defined]
         elif scale < 1.0:
             for param in params:

@@ -49,8 +49,12 @@ class GradientNorms:
         """``grad_norm_dense`` and ``grad_norm_tables`` of the last step; empty without tables."""
         if not self._tables:
             return {}
-        return {"grad_norm_dense": _combine(self._rest), "grad_norm_tables": _combine(self._tables)}
+        parts = [_combine(self._rest), _combine(self._tables)]
+        rest, tables = torch.stack([part.to(parts[0].device) for part in parts]).tolist()
+        return {"grad_norm_dense": rest, "grad_norm_tables": tables}
 
 
-def _combine(norms: list[Tensor]) -> float:
-    return float(torch.stack([norm.float().cpu() for norm in norms]).norm())
+def _combine(norms: list[Tensor]) -> Tensor:
+    """One norm, where the first is: under offload they may lie on two devices."""
+    device = norms[0].device
+    return torch.stack([norm.float().to(device) for norm in norms]).norm()

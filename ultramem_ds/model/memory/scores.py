@@ -80,9 +80,9 @@ class TuckerCore(nn.Module):
         self._decompose(self.core.detach().sum(0))
 
     def _decompose(self, total_Hrr: Tensor) -> Tensor:
-        """All singular vectors of the current cores, float64 on the CPU."""
-        vectors_2Hrr = singular_vectors(total_Hrr.double().cpu())
-        self._vectors_2Hrr = vectors_2Hrr.to(total_Hrr)
+        """All singular vectors of the current cores, float64, decomposed on the CPU."""
+        vectors_2Hrr = singular_vectors(total_Hrr.double().cpu()).to(total_Hrr.device)
+        self._vectors_2Hrr = vectors_2Hrr.to(total_Hrr.dtype)
         self._current = self._core_version()
         return vectors_2Hrr
 
@@ -97,8 +97,8 @@ class TuckerCore(nn.Module):
         total_Hrr = core_hHrr.sum(0)
         if self._current != self._core_version() or self.directions.dtype != total_Hrr.dtype:
             vectors_2Hrr = self._decompose(total_Hrr.detach())
-            fresh = leading_pair(vectors_2Hrr, self.directions.double().cpu())
-            self.directions = fresh.to(total_Hrr.device, total_Hrr.dtype)
+            fresh = leading_pair(vectors_2Hrr, self.directions.to(vectors_2Hrr))
+            self.directions = fresh.to(total_Hrr.dtype)
         if not self.training:
             return ScoreForm(core_hHrr, self.directions)
         assert self._vectors_2Hrr is not None
