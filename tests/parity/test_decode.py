@@ -68,8 +68,8 @@ def test_decode_is_as_accurate_as_the_full_forward_bf16(kind):
     scale = exact.square().mean().sqrt()
     full_error = (full - exact).square().mean().sqrt() / scale
     assert (steps - exact).square().mean().sqrt() / scale < 1.15 * full_error
-    # Positions that no flip has reached have only rounding, 8 bits through 4 blocks: 0.9 and more of
-    # all, of UltraMem's, which selects 16 rows of 147,456 slots twice, 0.42.
+    # Positions that no flip has reached have only rounding, 8 bits through 4 blocks: 0.9 of all
+    # and more, of UltraMem's, which selects 16 rows of 147,456 slots twice, 0.42.
     error_BS = (steps - full).abs().amax(-1) / scale
     assert (error_BS < 0.1).float().mean() > WITHOUT_FLIPS[kind]
 

@@ -53,7 +53,7 @@ def test_selection_and_its_gradients(layout, shape, kdim):
         # fp32 sums of up to 90 * 5 products of order one.
         largest = grad.abs().max()
         error = (native_grads[name].double() - grad).abs().max()
-        assert 0 < largest and error <= 1e-4 * largest, name
+        assert largest > 0 and error <= 1e-4 * largest, name
 
 
 def test_runs_of_tokens_make_no_difference(monkeypatch):
