@@ -57,7 +57,8 @@ def large_tensors(rank: int, world_size: int, overrides: list[str]) -> list[int]
         if issubclass(type(found), torch.Tensor) and found.device.type == "cpu":
             storage = found.untyped_storage()
             storages[storage.data_ptr()] = storage.nbytes()
-    bucket = 4 * json["zero_optimization"]["reduce_bucket_size"]
+    width = 2 if config.train.precision == "bf16" else 4
+    bucket = width * json["zero_optimization"]["reduce_bucket_size"]
     assert engine.tables is not None
     return sorted(size for size in storages.values() if 1 << 20 < size != bucket)
 
