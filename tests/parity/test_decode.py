@@ -16,6 +16,7 @@ KINDS = ("dense", "pkm", "moe", "ultramem")
 # fp32 sums of at most 512 products in another order, through 4 blocks: some 1e-6 of logits up to
 # about 10.
 FP32 = {"rtol": 1e-5, "atol": 1e-4}
+WITHOUT_FLIPS = {"dense": 0.85, "pkm": 0.85, "moe": 0.8, "ultramem": 0.3}  # of positions, bf16
 GREEDY = Sampling(max_new_tokens=5, temperature=0)
 
 
@@ -57,7 +58,8 @@ def test_decode_is_the_full_forward_fp32(kind):
 def test_decode_is_as_accurate_as_the_full_forward_bf16(kind):
     # Rounding to bf16 flips near-ties of what is selected (experts, rows), and a flip is no small
     # error. The exact answer is therefore the same weights in fp32: decoding must be no further
-    # from it than the full bf16 forward is. The factor covers the chance of single flips.
+    # from it than the full bf16 forward is. The factor covers the chance of single flips (on a CPU
+    # the two errors are within 4% of each other).
     model = build(kind, torch.bfloat16)
     tokens_BS = tokens(4, 24)
     full = model.logits(tokens_BS).float()
@@ -65,10 +67,11 @@ def test_decode_is_as_accurate_as_the_full_forward_bf16(kind):
     steps = decoded(prepare_for_decoding(model), tokens_BS, [7] + [1] * 17).float()
     scale = exact.square().mean().sqrt()
     full_error = (full - exact).square().mean().sqrt() / scale
-    assert (steps - exact).square().mean().sqrt() / scale < 1.3 * full_error + 2**-8
-    # Positions before a sequence's first flip have only rounding: 8 bits through 4 blocks.
+    assert (steps - exact).square().mean().sqrt() / scale < 1.15 * full_error
+    # Positions that no flip has reached have only rounding, 8 bits through 4 blocks: 0.9 of all
+    # and more, of UltraMem's, which selects 16 rows of 147,456 slots twice, 0.42.
     error_BS = (steps - full).abs().amax(-1) / scale
-    assert error_BS.flatten().quantile(0.1) < 0.1
+    assert (error_BS < 0.1).float().mean() > WITHOUT_FLIPS[kind]
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -130,11 +133,13 @@ def test_graphs_give_the_eager_logits(kind):
     for cache in caches:
         model.logits(tokens_BS.cuda(), state=cache)
     steppers = EagerStepper(model, caches[0]), GraphStepper(model, caches[1])
+    close = []
     for step in range(12):  # crosses a growth of the buffers
         if step == 6:
             for stepper in steppers:
                 stepper.select([0, 2])
         next_B1 = tokens(3, 12)[: 3 if step < 6 else 2, step : step + 1].cuda()
         expected, got = (stepper.step(next_B1).float() for stepper in steppers)
-        # Attention over a masked buffer rounds in another order; flips as in the bf16 test.
-        assert (got - expected).abs().amax(-1).min() < 0.1 * expected.abs().max()
+        close += ((got - expected).abs().amax(-1) < 0.1 * expected.abs().max()).tolist()
+    # Attention over a masked buffer rounds in another order; flips as in the bf16 test.
+    assert sum(close) > WITHOUT_FLIPS[kind] * len(close)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ from tensorboard.plugins.custom_scalar import layout_pb2
 
 from ultramem_ds.config.load import load_config
 from ultramem_ds.telemetry.board import Board, hyper_parameters, scalars
+from ultramem_ds.telemetry.metrics import MetricsWriter
 
 
 def read(directory: Path) -> EventAccumulator:
@@ -29,7 +31,7 @@ def test_keys_find_their_groups_and_units() -> None:
             "wire_bytes/ids": 2_000_000.0,
             "data/c4": 0.5,
             "layer_1/recall": 0.75,
-            "expert_share": [[0.5, 0.25, 0.25, 0.0]],
+            "expert_share": [[0.5, 0.25, 0.25, 0.0], [0.0, 0.25, 0.25, 0.5]],
             "bad_steps": 1,
             "skipped": "loss not finite",
         }
@@ -43,8 +45,28 @@ def test_keys_find_their_groups_and_units() -> None:
         "7_memory_layers/recall/layer_1": 0.75,
         "7_expert_load/busiest/block_0": 2.0,
         "7_expert_load/idlest/block_0": 0.0,
+        "7_expert_load/busiest/block_1": 2.0,
+        "7_expert_load/idlest/block_1": 0.0,
+        **{f"7_expert_load/expert_0{i}": 1.0 for i in range(4)},
         "9_guards/bad_steps": 1,
     }
+
+
+def test_each_expert_s_load_over_the_mean() -> None:
+    tagged = scalars({"step": 1, "expert_share": [[0.75, 0.25], [0.25, 0.75], [1.0, 0.0]]})
+    assert tagged["7_expert_load/expert_00"] == pytest.approx(2.0 / 1.5)
+    assert tagged["7_expert_load/expert_01"] == pytest.approx(1.0 / 1.5)
+
+
+def test_validation_has_its_perplexity_by_subset(tmp_path: Path) -> None:
+    writer = MetricsWriter(tmp_path, 1)
+    writer.write_validation(5, {"c4": 2.0, "all": 1e3})
+    writer.close()
+    board = read(tmp_path / "tensorboard")
+    (event,) = board.Scalars("2_validation_perplexity/c4")
+    assert (event.step, event.value) == (5, pytest.approx(math.e**2))
+    assert board.Scalars("2_validation_perplexity/all")[0].value == math.inf
+    assert board.Scalars("2_validation/c4")[0].value == 2.0
 
 
 def test_points_past_a_restart_disappear(tmp_path: Path) -> None:

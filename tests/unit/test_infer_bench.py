@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from ultramem_ds.bench import decode
 from ultramem_ds.bench.decode import DecodeBenchConfig, ratios, run_decode_bench
 from ultramem_ds.bench.decode_cost import Part, Rates, Touched, paper_bytes, step_parts
 from ultramem_ds.bench.decode_models import (
@@ -91,12 +92,39 @@ def test_every_weight_of_a_measured_model_has_a_value(name):
     assert {name for name, tensor in weights.items() if tensor.isnan().any()} == set()
 
 
-def test_decode_document_has_the_contracted_rows():
+def test_experts_that_divide_by_no_choice_are_dealt_too():
+    """33 experts, 2 per token: every other deal straddles a token."""
+    (draw_Tk,) = balanced_experts(1, 3300, 2, 33, torch.Generator().manual_seed(0))
+    assert (draw_Tk[:, 0] != draw_Tk[:, 1]).all()
+    assert torch.equal(draw_Tk.flatten().bincount(), torch.full((33,), 200))
+
+
+def test_decode_document_has_the_contracted_rows(monkeypatch, capsys):
+    """Batches without room are there by formula; where both are, they agree."""
+    monkeypatch.setattr(decode, "free_bytes", lambda device: 1 << 30)
     document = run_decode_bench(
         DecodeBenchConfig(
-            size="debug", batches=(1, 3), kv_modes=("none", "full"), rounds=3, sample_s=1e-4
+            size="debug",
+            batches=(1, 3, 131_072),
+            kv_modes=("none", "full"),
+            rounds=3,
+            sample_s=1e-4,
         )
     )
+    formulas = {(r["preset"], r["batch"], r["kv_mode"]): r for r in document["formula_rows"]}
+    assert len(formulas) == 4 * 3 * 2
+    for row in document["rows"]:
+        formula = formulas[row["preset"], row["batch"], row["kv_mode"]]
+        # Rows are drawn, not counted: some 16 of 36,864, all distinct but for a few in a thousand.
+        assert formula["bytes_read"] == pytest.approx(row["bytes_read"], rel=2e-3)
+        assert formula["flops"] == row["flops"]
+        assert formula["roofline_ms"] > 0
+    largest = {r["kind"]: r for r in formulas.values() if r["batch"] == 131_072}
+    assert largest["moe"]["distinct_experts"] == 16
+    assert largest["ultramem"]["distinct_rows"] == pytest.approx(192 * 192)
+    assert largest["moe"]["bytes_sparse_paper"] == 4 * 16 * 2 * 128 * 128 * 4
+    assert largest["ultramem"]["bytes_sparse_paper"] == 2 * 192 * 192 * 64 * 4
+    assert "batch 131072, kv full: by formula only" in capsys.readouterr().err
     keys = [(row["preset"], row["batch"], row["kv_mode"]) for row in document["rows"]]
     assert len(keys) == len(set(keys)) == 4 * 2 * 2
     for row in document["rows"]:

@@ -7,9 +7,10 @@ reaches ``FAIR_SHARE`` of its own roofline; others are void.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
-from itertools import cycle
+from itertools import cycle, product
 from typing import Any
 
 import torch
@@ -22,6 +23,12 @@ from ultramem_ds.bench.decode_cost import (
     Touched,
     paper_bytes,
     step_parts,
+)
+from ultramem_ds.bench.decode_formula import (
+    formula_row,
+    free_bytes,
+    measured_rates,
+    step_bytes,
 )
 from ultramem_ds.bench.decode_models import (
     BenchState,
@@ -51,6 +58,7 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 _COUNTED_STEPS = 4  # over which distinct experts and rows are counted
 _GRAPHS = 4  # replayed in turn; the weights read between two replays of one leave no cache warm
 _PROBE_ELEMENTS = 1 << 27
+_ROOM = 0.7  # of what is free may be taken
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -115,6 +123,19 @@ class _Bench:
     def synchronize(self) -> None:
         if self.bench.device == "cuda":
             torch.cuda.synchronize()
+
+    def has_room(self, batch: int, mode: KVMode) -> bool:
+        """Whether steps of that batch can be measured; says so if not."""
+        width = self.dtype.itemsize
+        needed = max(step_bytes(config, batch, mode, width) for config in self.configs.values())
+        free = free_bytes(self.bench.device)
+        if needed > _ROOM * free:
+            print(
+                f"batch {batch}, kv {mode}: by formula only, a step would hold "
+                f"{needed / 1e9:.1f} GB and {free / 1e9:.1f} are free",
+                file=sys.stderr,
+            )
+        return needed <= _ROOM * free
 
     def case(self, name: str, routing: Routing, batch: int, pool: KVPool) -> _Case:
         """Route, count what is touched, and make a step that can be called."""
@@ -230,7 +251,8 @@ def run_decode_bench(bench: DecodeBenchConfig) -> dict[str, Any]:
 
     Rows carry ``{preset, batch, kv_mode, time_ms, bytes_read, roofline_share, fair}`` and more, one
     per (preset, batch, KV mode), under forced-uniform routing; other routings are in
-    ``other_rows``, the growth of tables and experts in ``growth_rows``.
+    ``other_rows``, the growth of tables and experts in ``growth_rows``. ``formula_rows`` have every
+    batch, also those for which this machine has no room, at the rates that its probes found.
     """
     configs = {name: preset(name) for name in FAMILIES[bench.size]}
     setup = _Bench(bench, configs)
@@ -238,13 +260,23 @@ def run_decode_bench(bench: DecodeBenchConfig) -> dict[str, Any]:
     mixtures = [name for name in sparse if configs[name].model.kind == "moe"]
     rows: list[dict[str, Any]] = []
     other_rows: list[dict[str, Any]] = []
-    for mode in bench.kv_modes:
-        for batch in bench.batches:
+    for mode, batch in product(bench.kv_modes, bench.batches):
+        if setup.has_room(batch, mode):
             rows += setup.measure(list(configs), "forced-uniform", batch, mode)
             other_rows += setup.measure(sparse, "own", batch, mode)
             other_rows += setup.measure(mixtures, "iid-uniform", batch, mode)
     del setup
-    document = {"rows": rows, "ratios": ratios(rows), "other_rows": other_rows}
+    rates, width = measured_rates(rows), DTYPES[bench.dtype].itemsize
+    document = {
+        "rows": rows,
+        "ratios": ratios(rows),
+        "other_rows": other_rows,
+        "formula_rows": [
+            formula_row(config, batch, mode, width, rates)
+            for mode, batch in product(bench.kv_modes, bench.batches)
+            for config in configs.values()
+        ],
+    }
     if bench.growth:
         document["growth_rows"] = _growth(bench, configs)
     return {**document, **header(asdict(bench))}
@@ -265,6 +297,8 @@ def _growth(bench: DecodeBenchConfig, configs: dict[str, Config]) -> list[dict[s
     setup = _Bench(bench, grown)
     rows = []
     for batch in bench.batches:
+        if not setup.has_room(batch, "none"):
+            continue
         measured = setup.measure(list(grown), "forced-uniform", batch, "none")
         for name, row in zip(grown, measured):
             config = grown[name]

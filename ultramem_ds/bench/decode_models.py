@@ -35,7 +35,8 @@ KVMode: TypeAlias = Literal["none", "eighth", "full"]
 KV_LENGTH = 2048  # cached positions (paper, Figures 1, 6c and 7)
 _KV_BYTES = 512 << 20  # distinct key/value buffers of a model, at least: far beyond a cache
 _REAL = 1 << 16  # parameters up to this size are initialised: norms, cores, convolutions
-_NUM_DRAWS = 16  # routings prepared in advance, so that a step does not find the last one's rows
+_MOST_DRAWS = 16  # routings prepared in advance, so that a step does not find the last one's rows
+_DRAWN_TOKENS = 1 << 16  # but of so many tokens at most: those of a large batch leave no cache warm
 _ALIGNMENT = 1024  # elements: tensors begin on a page
 
 
@@ -161,17 +162,36 @@ def balanced_experts(
 ) -> Tensor:
     """Experts ``(N, T, k)``, fully balanced: ``min(T k, X)`` distinct ones (paper section 4).
 
-    Random permutations of all experts are dealt in turn; a token whose choices would straddle two
-    permutations with the same expert twice takes another order.
+    Random permutations of all experts are dealt in turn; where a token's choices straddle two of
+    them and one expert is in both, the second is drawn again.
     """
-    draws: list[Tensor] = []
-    while len(draws) < num_draws:
-        num_deals = -(-num_tokens * top_k // num_experts)
-        deals = [torch.randperm(num_experts, generator=generator) for _ in range(num_deals)]
-        draw_Tk = torch.cat(deals)[: num_tokens * top_k].view(num_tokens, top_k)
-        if all(len(set(row)) == top_k for row in draw_Tk.tolist()):
-            draws.append(draw_Tk)
+    draws = []
+    for _ in range(num_draws):
+        dealt: list[int] = []
+        while len(dealt) < num_tokens * top_k:
+            deal = torch.randperm(num_experts, generator=generator).tolist()
+            begun = len(dealt) % top_k
+            if begun == 0 or not set(dealt[-begun:]) & set(deal[: top_k - begun]):
+                dealt += deal
+        draws.append(torch.tensor(dealt[: num_tokens * top_k]).view(num_tokens, top_k))
     return torch.stack(draws)
+
+
+def num_draws(batch: int) -> int:
+    """How many routings are prepared for steps of ``batch`` tokens."""
+    return max(2, min(_MOST_DRAWS, _DRAWN_TOKENS // batch))
+
+
+def kv_bytes(config: ModelConfig, batch: int, mode: KVMode, element_size: int) -> int:
+    """Keys and values that a step reads, all blocks."""
+    size = 2 * batch * _cached_heads(config, mode) * KV_LENGTH * config.head_dim * element_size
+    return config.num_layers * size
+
+
+def _cached_heads(config: ModelConfig, mode: KVMode) -> int:
+    if mode == "none":
+        return 0
+    return config.num_heads if mode == "full" else max(1, config.num_heads // 8)
 
 
 def force_routing(model: LanguageModel, routing: Routing, num_tokens: int, seed: int) -> None:
@@ -186,21 +206,21 @@ def force_routing(model: LanguageModel, routing: Routing, num_tokens: int, seed:
         experts = block.mlp
         if isinstance(experts, GroupedExperts):
             gate = experts.route.gate if isinstance(experts.route, ForcedRouter) else experts.route
-            sizes = (_NUM_DRAWS, num_tokens, experts.top_k, experts.num_experts)
+            sizes = (num_draws(num_tokens), num_tokens, experts.top_k, experts.num_experts)
             if routing == "own":
                 experts.route = gate
                 continue
             if routing == "forced-uniform":
                 draws = balanced_experts(*sizes, generator)
             else:
-                scores = torch.rand(_NUM_DRAWS, num_tokens, sizes[3], generator=generator)
+                scores = torch.rand(sizes[0], num_tokens, sizes[3], generator=generator)
                 draws = scores.topk(experts.top_k, dim=-1).indices
             experts.route = ForcedRouter(gate, draws.to(device))
     memory_config = model.config.memory
     for memory in model.memory_layers:
         shuffle = memory.shuffle
         own = shuffle.shuffle if isinstance(shuffle, ForcedShuffle) else shuffle
-        shape = (_NUM_DRAWS, num_tokens, memory_config.rows_per_token)
+        shape = (num_draws(num_tokens), num_tokens, memory_config.rows_per_token)
         draws = torch.randint(memory_config.num_slots, shape, generator=generator)
         memory.shuffle = own if routing == "own" else ForcedShuffle(own, draws.to(device))
 
@@ -257,13 +277,11 @@ class KVPool:
     """
 
     def __init__(self, config: ModelConfig, batch: int, mode: KVMode, like: Tensor) -> None:
-        self.num_bytes = 0
+        self.num_bytes = kv_bytes(config, batch, mode, like.element_size())
         self.slots: list[KVSlot] = [OnlyNew() for _ in range(config.num_layers)]
         if mode != "none":
-            num_heads = config.num_heads if mode == "full" else max(1, config.num_heads // 8)
-            shape = (2, batch, num_heads, KV_LENGTH, config.head_dim)
+            shape = (2, batch, _cached_heads(config, mode), KV_LENGTH, config.head_dim)
             layer_bytes = torch.Size(shape).numel() * like.element_size()
-            self.num_bytes = layer_bytes * config.num_layers
             count = min(config.num_layers, -(-_KV_BYTES // layer_bytes))
             pool = torch.zeros(count, *shape, dtype=like.dtype, device=like.device)
             buffers = [FullBuffer(keys, values) for keys, values in pool.unbind(0)]

@@ -33,11 +33,14 @@ def plot_decode(document: dict[str, Any], directory: Path) -> list[Path]:
         _lines(left, rows, lambda row: row["time_ms"], spread=True)
         left.set_ylabel("time of a decode step, ms")
         _lines(right, rows, lambda row: row["bytes_read"] / 1e9)
+        formulas = [row for row in document["formula_rows"] if row["kv_mode"] == mode]
+        _formula(left, formulas, lambda row: row["roofline_ms"])
+        _formula(right, formulas, lambda row: row["bytes_read"] / 1e9)
         right.set_ylabel("bytes read by a step, GB")
         for axes in (left, right):
             axes.set(xlabel="batch", xscale="log", yscale="log")
             axes.xaxis.set_major_formatter("{x:.0f}")
-            axes.set_xticks(sorted({row["batch"] for row in rows}), minor=False)
+            axes.set_xticks(sorted({row["batch"] for row in formulas}), minor=False)
             axes.xaxis.set_minor_locator(NullLocator())
             axes.yaxis.set_minor_formatter("{x:g}")
             axes.yaxis.set_major_formatter("{x:g}")
@@ -47,6 +50,14 @@ def plot_decode(document: dict[str, Any], directory: Path) -> list[Path]:
     if document.get("growth_rows"):
         paths.append(_plot_growth(document["growth_rows"], directory / f"growth-{size}.png"))
     return paths
+
+
+def _formula(axes: Axes, rows: list[Row], value: Callable[[Row], float]) -> None:
+    """Dotted, beside what was measured: at the rates of the run's own probes."""
+    for kind, style in _STYLE.items():
+        mine = sorted((row for row in rows if row["kind"] == kind), key=lambda row: row["batch"])
+        points = [value(row) for row in mine]
+        axes.plot([row["batch"] for row in mine], points, color=style["color"], linestyle=":")
 
 
 def _lines(

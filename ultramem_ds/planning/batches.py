@@ -38,8 +38,9 @@ def plan_batches(config: Config, world_size: int, free_bytes: int | None = None)
     asked = config.train.micro_batch_size
     if asked == "auto":
         free_bytes = free_bytes_per_rank() if free_bytes is None else free_bytes
-        limit = free_bytes // 2 // activation_bytes_per_sequence(config)
-        micro = max(d for d in range(1, per_rank + 1) if per_rank % d == 0 and d <= max(1, limit))
+        sizes = [d for d in range(1, per_rank + 1) if per_rank % d == 0]
+        fitting = [d for d in sizes if activation_bytes(config, d) <= free_bytes // 2]
+        micro = max(fitting, default=1)
     else:
         micro = asked
     if per_rank % micro:
@@ -80,27 +81,35 @@ def agree_on_batches(
     return BatchPlan(batches.global_batch_size, micro, steps)
 
 
-def activation_bytes_per_sequence(config: Config) -> int:
-    """Bytes that one sequence's activations and logits take in a training forward, estimated.
+def activation_bytes(config: Config, sequences: int) -> int:
+    """Bytes that activations and logits of a forward of so many sequences take, estimated.
 
-    Counts what autograd keeps of each block (inputs of norms, projections, attention, GELU) and the
-    logits with their fp32 softmax; with activation checkpointing only the blocks' inputs.
+    Counts what autograd keeps of each block (inputs of norms, projections, attention, GELU) and of
+    each memory layer; with activation checkpointing only the blocks' inputs. DeepSpeed's experts
+    are dealt their tokens by products with two matrices that name every token's place among those
+    of all experts: quadratic in the tokens. On top comes the larger of what does not last: the
+    logits' fp32 log-probabilities and the two gradients that the loss's backward makes of them, or
+    one memory layer's scores of all keys.
     """
-    model = config.model
+    model, tokens = config.model, sequences * config.model.seq_len
     width = 2 if config.train.precision == "bf16" else 4
-    inner = model.inner_size * (config.moe.top_k if model.kind == "moe" else 1)
-    block = model.hidden_size * (1 if config.train.activation_checkpointing else 12) + (
-        0 if config.train.activation_checkpointing else 2 * inner
-    )
-    memory = 0
+    block, memory, search = model.hidden_size, 0, 0
+    if not config.train.activation_checkpointing:
+        is_moe = model.kind == "moe"
+        choices = config.moe.top_k if is_moe else 1
+        block = 12 * model.hidden_size + 2 * choices * model.inner_size
+        block += 2 * choices * tokens if is_moe else 0
     if config.has_memory:
         m = config.memory
-        per_layer = m.num_heads * 2 * m.num_keys * m.tucker_rank * 4
-        per_layer += m.rows_per_token * (8 + 8 + 4 * m.num_cores)
-        per_layer += 4 * m.expansion * m.value_dim + 3 * m.rows_per_token * m.top_m * 4
+        # Convolved and normalised queries; slots, permuted, rows and projectors; scores by core
+        # and their factors; pooled values before and after the way home.
+        per_layer = (model.hidden_size + 2 * m.kdim * m.num_heads) * width
+        per_layer += m.rows_per_token * (4 * 8 + 4 * m.num_cores + 8 * m.tucker_rank)
+        per_layer += 2 * m.expansion * m.value_dim * width
         memory = len(m.spans) * per_layer
-    per_token = model.num_layers * block * width + memory + model.vocab_size * (width + 8)
-    return per_token * model.seq_len
+        search = 2 * m.num_heads * m.num_keys * 4
+    logits = 3 * 4 * model.vocab_size
+    return tokens * (model.num_layers * block * width + memory + max(logits, search))
 
 
 def free_bytes_per_rank() -> int:

@@ -6,13 +6,13 @@ Letters: N rows of a table, V value width, P ranks that share one copy of the ta
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from ultramem_ds.config.deepspeed import BatchPlan
 from ultramem_ds.config.schema import Config
 from ultramem_ds.model.accounting import count
-from ultramem_ds.planning.batches import activation_bytes_per_sequence
+from ultramem_ds.planning.batches import activation_bytes
 from ultramem_ds.planning.costs import distinct_rows
 from ultramem_ds.planning.experts import expert_layout
 from ultramem_ds.sharding.table_plan import padded_rows
@@ -22,7 +22,12 @@ MOMENT_BYTES = 8  # Adam's two, fp32
 MASTER_BYTES = 4  # fp32 weights beside those that compute
 # ZeRO-3 keeps a gathered parameter that is used again before so many others: DeepSpeed's default.
 REUSE_DISTANCE = 1_000_000_000
-PROCESS_BYTES = 270_000_000  # Python, PyTorch and DeepSpeed, resident; benchmarks/paper_size.py
+# Python, PyTorch, DeepSpeed and what a first step loads, resident; benchmarks/start_memory.py.
+PROCESS_BYTES = 300_000_000
+# glibc keeps freed blocks of up to 32 MB in its heap, where the next step's do not fit exactly: of
+# a micro-batch's activations this share, measured on small models; larger blocks go back at once.
+KEPT_SHARE = 0.75
+MOST_KEPT_BYTES = 128_000_000
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,8 +38,9 @@ class MemoryPlan:
     gradients: int
     optimizer: int
     activations: int  # of one micro-batch, the lookups' buffers under the chosen scheme included
-    buffers: int  # DeepSpeed's reduction buckets, and the copy of gradients that its step makes
-    process: int  # the program itself, on CPUs
+    buffers: int  # reduction buckets; and copies of gradients that a step makes, if they take more
+    # than the activations, which are gone by then
+    process: int  # the program itself and what its allocator keeps, on CPUs
 
     @property
     def total(self) -> int:
@@ -54,6 +60,7 @@ class _Held:
     gradients: int = 0
     optimizer: int = 0
     buffers: int = 0
+    copies: int = 0  # of gradients, while the optimizer steps
 
 
 def memory_plan(
@@ -80,14 +87,15 @@ def memory_plan(
     elif config.model.kind == "moe":
         sparse = _experts(config, world_size)
     dense = _dense(config, world_size, zero)
-    per_sequence = activation_bytes_per_sequence(config)
+    activations = activation_bytes(config, batches.micro_batch_size) + lookups
+    copies = dense.copies + sparse.copies
     return MemoryPlan(
         weights=dense.weights + sparse.weights,
         gradients=dense.gradients + sparse.gradients,
         optimizer=dense.optimizer + sparse.optimizer,
-        activations=batches.micro_batch_size * per_sequence + lookups,
-        buffers=dense.buffers + sparse.buffers,
-        process=PROCESS_BYTES,
+        activations=activations,
+        buffers=dense.buffers + sparse.buffers + max(0, copies - activations),
+        process=PROCESS_BYTES + min(int(KEPT_SHARE * activations), MOST_KEPT_BYTES),
     )
 
 
@@ -98,8 +106,7 @@ def _dense(config: Config, world_size: int, zero: Mapping[str, Any]) -> _Held:
     dense = size.dense_params + size.norm_params + embedding
     mine = dense // world_size
     bucket = min(dense, int(zero.get("reduce_bucket_size", 5e8))) * width
-    master = MASTER_BYTES if stage != 3 or width == 2 else 0  # in fp32 ZeRO-3 has no other copy
-    optimizer = (MOMENT_BYTES + master) * mine
+    optimizer = (MOMENT_BYTES + _master_bytes(config, zero)) * mine
     if stage == 3:
         gathered = min(dense, REUSE_DISTANCE)
         copied = min(mine, _sub_group_size(zero) + embedding // 2 // world_size)
@@ -107,15 +114,18 @@ def _dense(config: Config, world_size: int, zero: Mapping[str, Any]) -> _Held:
             width * (mine + gathered),
             GRADIENT_BYTES * mine,
             optimizer,
-            bucket + GRADIENT_BYTES * copied,
+            bucket,
+            GRADIENT_BYTES * copied,
         )
     if stage == 2:
         bucket *= 2 if zero.get("overlap_comm") else 1
         gradients = GRADIENT_BYTES * mine
-        return _Held(width * dense, gradients, optimizer, bucket + gradients)
+        return _Held(width * dense, gradients, optimizer, bucket, gradients)
     # bf16: a backward's own gradients beside the sums. fp32: the step's copy of this rank's.
-    extra = width * dense if width == 2 else GRADIENT_BYTES * mine
-    return _Held(width * dense, GRADIENT_BYTES * dense, optimizer, extra)
+    held = _Held(width * dense, GRADIENT_BYTES * dense, optimizer)
+    if width == 2:
+        return replace(held, buffers=width * dense)
+    return replace(held, copies=GRADIENT_BYTES * mine)
 
 
 def _experts(config: Config, world_size: int) -> _Held:
@@ -129,7 +139,7 @@ def _experts(config: Config, world_size: int) -> _Held:
         value_bytes(config) * here,
         GRADIENT_BYTES * mine,
         (MASTER_BYTES + MOMENT_BYTES) * mine,
-        GRADIENT_BYTES * mine,
+        copies=GRADIENT_BYTES * mine,
     )
 
 
@@ -143,18 +153,26 @@ def _tables(config: Config, ranks: int, zero: Mapping[str, Any], batches: BatchP
     num_tables = len(memory.spans)
     table = padded_rows(memory.num_rows, ranks) * memory.value_dim // ranks
     here = num_tables * table
-    master = MASTER_BYTES if width == 2 else 0
-    optimizer = (MOMENT_BYTES + master) * here
+    optimizer = (MOMENT_BYTES + _master_bytes(config, zero)) * here
     if memory.table_optimizer != "dense":
         gradients = num_tables * _row_gradients(config, ranks, batches)
         return _Held(width * here, gradients, optimizer)
     # Lookups add where ZeRO keeps them; under offload that is elsewhere. Its step lays those of a
     # sub-group side by side.
-    offloaded = zero.get("offload_optimizer", {}).get("device", "none") != "none"
-    gradients = GRADIENT_BYTES * here * (2 if offloaded else 1)
+    gradients = GRADIENT_BYTES * here * (2 if _is_offloaded(zero) else 1)
     side_by_side = min(num_tables, -(-_sub_group_size(zero) // table))
     copied = side_by_side * table if side_by_side > 1 else 0
-    return _Held(width * here, gradients, optimizer, GRADIENT_BYTES * copied)
+    return _Held(width * here, gradients, optimizer, copies=GRADIENT_BYTES * copied)
+
+
+def _master_bytes(config: Config, zero: Mapping[str, Any]) -> int:
+    """Of a parameter's fp32 weight beside the one that computes; under ZeRO-3 fp32 has no other."""
+    alone = value_bytes(config) == 4 and zero.get("stage", 0) == 3 and not _is_offloaded(zero)
+    return 0 if alone else MASTER_BYTES
+
+
+def _is_offloaded(zero: Mapping[str, Any]) -> bool:
+    return bool(zero.get("offload_optimizer", {}).get("device", "none") != "none")
 
 
 def _row_gradients(config: Config, ranks: int, batches: BatchPlan) -> int:

@@ -5,8 +5,9 @@ One event per call holds all of its numbers: a tenth of the cost of one event pe
 
 from __future__ import annotations
 
+import math
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from ultramem_ds.model.accounting import count
 
 # TensorBoard sorts groups by name and opens the first two: the numbers put what matters first.
 VALIDATION_GROUP = "2_validation"
+PERPLEXITY_GROUP = "2_validation_perplexity"
 TASKS_GROUP = "2_tasks"
 
 # Key of metrics.jsonl -> (tag, factor to the tag's unit).
@@ -54,6 +56,7 @@ _LAYOUT = {
         "training loss (nats per token)": ["Multiline", ["1_loss/train"]],
         "validation loss (nats per token)": ["Multiline", ["2_validation/all"]],
         "validation loss by subset": ["Multiline", [r"2_validation/(?!all$).*"]],
+        "validation perplexity": ["Multiline", [r"2_validation_perplexity/.*"]],
         "benchmark tasks": ["Multiline", [r"2_tasks/.*"]],
     },
     "2 Stability": {
@@ -75,9 +78,12 @@ _LAYOUT = {
         "rows of the tables touched": ["Multiline", [r"7_memory_layers/rows_touched/.*"]],
         "recall of the top-m search": ["Multiline", [r"7_memory_layers/recall/.*"]],
         "busiest expert / mean": ["Multiline", [r"7_expert_load/busiest/.*"]],
+        "load of each expert / mean, all blocks": ["Multiline", [r"7_expert_load/expert_.*"]],
     },
     "6 Data": {"realised share of each subset": ["Multiline", [r"9_data_share/.*"]]},
 }
+
+_LARGEST = 80.0  # nats: what a point of TensorBoard, a 32-bit float, can hold of a perplexity
 
 # What the page "HParams" compares; runs of all kinds have all of them.
 _RESULTS = ("2_validation/all", "1_loss/train", "3_throughput/tokens_per_s", "8_memory_mb/peak")
@@ -86,11 +92,13 @@ _RESULTS = ("2_validation/all", "1_loss/train", "3_throughput/tokens_per_s", "8_
 def scalars(record: Mapping[str, Any]) -> dict[str, float]:
     """The numbers of a line of ``metrics.jsonl`` by tag.
 
-    Lists by expert become each block's busiest and idlest expert over the mean; text is left out.
+    Lists by expert become each block's busiest and idlest expert over the mean, and each expert's
+    load in all blocks over the mean; text is left out.
     """
     tagged: dict[str, float] = {}
     for key, value in record.items():
         if key == "expert_share":
+            tagged |= _loads(value)
             for block, shares in enumerate(value):
                 mean = max(sum(shares) / len(shares), 1e-12)
                 tagged[f"7_expert_load/busiest/block_{block}"] = max(shares) / mean
@@ -99,6 +107,24 @@ def scalars(record: Mapping[str, Any]) -> dict[str, float]:
             tag, factor = _place(key)
             tagged[tag] = value * factor
     return tagged
+
+
+def _loads(shares_by_block: Sequence[Sequence[float]]) -> dict[str, float]:
+    """Each expert's load over the mean, blocks together: equal experts are at 1.
+
+    Apart by block they would be hundreds of curves; ``metrics.jsonl`` has them.
+    """
+    loads = [sum(shares) for shares in zip(*shares_by_block)]
+    mean = max(sum(loads) / len(loads), 1e-12)
+    return {f"7_expert_load/expert_{i:02}": load / mean for i, load in enumerate(loads)}
+
+
+def perplexities(losses: Mapping[str, float]) -> dict[str, float]:
+    """Losses by subset, nats per token, as tagged perplexities; too large ones are infinite."""
+    return {
+        f"{PERPLEXITY_GROUP}/{name}": math.exp(loss) if loss < _LARGEST else math.inf
+        for name, loss in losses.items()
+    }
 
 
 def _place(key: str) -> tuple[str, float]:

@@ -13,7 +13,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from ultramem_ds.telemetry.board import TASKS_GROUP, VALIDATION_GROUP, Board, scalars
+from ultramem_ds.telemetry.board import TASKS_GROUP, VALIDATION_GROUP, Board, perplexities, scalars
 from ultramem_ds.utils.files import to_json
 from ultramem_ds.utils.lines import LineFile
 
@@ -95,11 +95,13 @@ class MetricsWriter:
         self._board.write(record["step"], scalars(record))
 
     def write_validation(self, step: int, losses: dict[str, float]) -> None:
-        """Write validation losses by subset, nats per token; ``all`` is the token-weighted mean."""
+        """Write validation losses by subset, nats per token; ``all`` is the token-weighted mean.
+
+        The board also has their perplexities.
+        """
         self._validation.write(to_json({"step": step, **losses}))
-        self._board.write(
-            step, {f"{VALIDATION_GROUP}/{name}": loss for name, loss in losses.items()}
-        )
+        tagged = {f"{VALIDATION_GROUP}/{name}": loss for name, loss in losses.items()}
+        self._board.write(step, tagged | perplexities(losses))
         self._board.flush()
 
     def write_tasks(self, step: int, scores: dict[str, float]) -> None:

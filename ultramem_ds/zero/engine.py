@@ -54,9 +54,25 @@ def start_engine(
             config=engine_config,
             dist_init_required=False,
         )
+    if zero_stage(engine_config) == 3:
+        share_masters(engine.optimizer)
     if tables is not None:
         tables.keep_partitioned(engine)
     return engine
+
+
+def share_masters(zero: Any) -> None:
+    """Let fp32 weights be their own masters.
+
+    ZeRO-3 means to, but compares a device with its name and copies them.
+    """
+    if zero.offload_optimizer:
+        return
+    for weights, masters in zip(
+        zero.fp16_partitioned_groups_flat, zero.fp32_partitioned_groups_flat
+    ):
+        if weights.dtype == masters.dtype:
+            masters.data = weights.data
 
 
 def make_optimizer(

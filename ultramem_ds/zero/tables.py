@@ -89,8 +89,10 @@ def install_shard(param: Any, values: Tensor, full_shape: tuple[int, ...]) -> No
     numel = torch.Size(full_shape).numel()
     assert numel == values.numel() * param.ds_zero_partition_world_size
     old = param.ds_tensor
-    new: Any = values.detach().reshape(-1)
-    new.requires_grad_(False)
+    # No view: DeepSpeed moves the slice into its flat buffer, and a view would keep what it moved
+    # from, a second copy of the table.
+    new: Any = torch.empty(0, dtype=values.dtype, device=values.device)
+    new.data = values.detach().reshape(-1)
     new.ds_numel = values.numel()
     new.status = old.status
     new.final_location = old.final_location
