@@ -105,7 +105,7 @@ def plan_batches(requests: Sequence[Request], max_tokens: int) -> list[Batch]:
     pieces: list[_Piece] = []
     for num_shared, questions in _families(_questions(requests)):
         pieces += _cut(num_shared, questions, max_tokens)
-    pieces.sort(key=lambda p: (p.num_shared > 0, p.num_shared, p.sizes()[QUESTIONS][1]))
+    pieces.sort(key=_likeness)
     batches: list[Batch] = []
     chosen: list[_Piece] = []
     for piece in reversed(pieces):
@@ -117,6 +117,12 @@ def plan_batches(requests: Sequence[Request], max_tokens: int) -> list[Batch]:
     if chosen:
         batches.append(_batch(chosen, requests))
     return batches
+
+
+def _likeness(piece: _Piece) -> tuple[bool, int, int, int]:
+    """Neighbours in this order pad each other least: in answers first, which are most tokens."""
+    _, (_, question_width, _), (_, answer_width, _) = piece.sizes()
+    return piece.num_shared > 0, piece.num_shared, answer_width, question_width
 
 
 def _questions(requests: Sequence[Request]) -> list[_Question]:
