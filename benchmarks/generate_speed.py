@@ -26,13 +26,17 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
+if TYPE_CHECKING:
+    from ultramem_ds.model.lm import LanguageModel
+    from ultramem_ds.sharding.blocks import Block
+
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-from ultramem_ds.config.load import load_config
 
 MODELS = {
     "dense": ("dense-151m", []),
@@ -47,14 +51,16 @@ RUN, EXPORT = "run", "export"
 Generate = Callable[[list[list[int]], int], object]  # prompts and new tokens of each
 
 
-class RandomWeights:
-    """Weights of a model that nobody trained, made block by block."""
+class FreshWeights:
+    """Weights of a model that nobody trained, as ``write_run`` reads them."""
 
-    def __init__(self, buffers: dict[str, Tensor]) -> None:
-        self._buffers = buffers
+    def __init__(self, model: LanguageModel) -> None:
+        self._parameters = dict(model.named_parameters())
+        self._buffers = dict(model.named_buffers())
 
-    def read(self, name: str, block: object, out_RC: Tensor) -> None:
-        out_RC.fill_(1.0) if "norm" in name else out_RC.normal_(0.0, 0.02)
+    def read(self, name: str, block: Block, out_RC: Tensor) -> None:
+        values_RC = self._parameters[name].detach().view(-1, block.num_columns)
+        out_RC.copy_(values_RC[block.first_row : block.first_row + block.num_rows])
 
     def buffers(self) -> dict[str, Tensor]:
         return self._buffers
@@ -62,6 +68,8 @@ class RandomWeights:
 
 def overrides(model: str, small: bool, layers: int | None) -> list[str]:
     """What --small and --layers make of a preset."""
+    from ultramem_ds.config.load import load_config
+
     preset, cuts = MODELS[model]
     words = [*cuts] if small else []
     if layers is not None:
@@ -73,25 +81,28 @@ def overrides(model: str, small: bool, layers: int | None) -> list[str]:
     return words
 
 
-def write_model(model: str, words: list[str], dtype: str, directory: Path) -> None:
+def write_model(name: str, words: list[str], dtype: str, directory: Path) -> None:
     """A run directory and its export under ``directory``."""
     from tokenizers import Tokenizer
     from tokenizers.models import WordLevel
 
+    from ultramem_ds.config.load import load_config
     from ultramem_ds.data.tokenizers import HuggingFaceTokenizer
     from ultramem_ds.exchange.directory import export_hf
     from ultramem_ds.exchange.importing import Source, write_run
+    from ultramem_ds.model.init import init_module
     from ultramem_ds.model.lm import LanguageModel
 
-    config = load_config(MODELS[model][0], words)
-    with torch.device("meta"):
-        buffers = dict(LanguageModel(config).named_buffers())
-    words = {"<|endoftext|>": 0, **{f"w{i}": i for i in range(1, config.model.vocab_size)}}
-    backend = Tokenizer(WordLevel(words, unk_token="<|endoftext|>"))
+    config = load_config(MODELS[name][0], words)
+    model = LanguageModel(config)
+    init_module(model, config, seed=0)
+    with torch.no_grad():
+        model.eval().logits(torch.zeros((1, 1), dtype=torch.int64))  # singular vectors of the cores
+    vocabulary = {"<|endoftext|>": 0, **{f"w{i}": i for i in range(1, config.model.vocab_size)}}
+    backend = Tokenizer(WordLevel(vocabulary, unk_token="<|endoftext|>"))
     backend.add_special_tokens(["<|endoftext|>"])
     tokenizer = HuggingFaceTokenizer(backend.to_str().encode())
-    weights = RandomWeights({name: torch.zeros(b.shape) for name, b in buffers.items()})
-    write_run(Source(config, weights, tokenizer), directory / RUN, world_size=1)
+    write_run(Source(config, FreshWeights(model), tokenizer), directory / RUN, world_size=1)
     export_hf(directory / RUN, directory / EXPORT, dtype, 4 << 30)
 
 
@@ -194,6 +205,19 @@ def run_pair(arguments: argparse.Namespace, backend: str, directory: Path) -> di
     return {line["batch"]: line["tokens_per_s"] for line in lines}
 
 
+def heading(arguments: argparse.Namespace) -> str:
+    """What the table shows, and where."""
+    cuts = ["small"] if arguments.small else []
+    cuts += [f"{arguments.layers} layers"] if arguments.layers else []
+    return (
+        f"tokens per {'CPU ' if arguments.clock == 'cpu' else ''}second, "
+        f"{', '.join([arguments.dtype, *cuts])}, {arguments.prompt_tokens} prompt and "
+        f"{arguments.new_tokens} new tokens, best of {arguments.rounds}, "
+        f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads, "
+        f"torch {torch.__version__}\n"
+    )
+
+
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -222,13 +246,7 @@ def main() -> None:
     if arguments.backend:
         measure(arguments)
         return
-    print(
-        f"tokens per {'CPU ' if arguments.clock == 'cpu' else ''}second, {arguments.dtype}, {arguments.prompt_tokens} prompt and "
-        f"{arguments.new_tokens} new tokens, best of {arguments.rounds}, "
-        f"{'small, ' if arguments.small else ''}"
-        f"{f'{arguments.layers} layers, ' if arguments.layers else ''}{platform.processor() or platform.machine()}, "
-        f"{torch.get_num_threads()} threads, torch {torch.__version__}\n"
-    )
+    print(heading(arguments))
     print("| model | backend | " + " | ".join(f"batch {b}" for b in arguments.batches) + " |")
     print("|---|---|" + "---|" * len(arguments.batches))
     for model in arguments.models:

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ultramem_ds.harness.plan import NUM_LEVELS, Batch, Level, Pick, plan_batches
+from ultramem_ds.harness.plan import ANSWERS, Batch, Level, Pick, plan_batches
 from ultramem_ds.harness.requests import Request, Score
 from ultramem_ds.infer.branch import Branch
 from ultramem_ds.infer.peers import Peers
@@ -54,7 +54,7 @@ class Scorer:
         ranks = self.peers.world_size
         for begin in range(0, len(batches), ranks):
             round_ = batches[begin : begin + ranks]
-            wanted = [n for n in range(NUM_LEVELS) if any(n in b.levels for b in round_)]
+            wanted = sorted({number for b in round_ for number in b.levels})
             batch = round_[self.peers.rank] if self.peers.rank < len(round_) else Batch({})
             answers = self._run(batch, wanted)
             mine.update(answers)
@@ -73,7 +73,8 @@ class Scorer:
             if level is None:
                 self._keep_company()
                 continue
-            past, (requests, logprob_N, greedy_N) = self._forward(level, past)
+            branch, (requests, logprob_N, greedy_N) = self._forward(level, past)
+            past = branch if number < ANSWERS else past
             for request, logprob, greedy in zip(requests, logprob_N.tolist(), greedy_N.tolist()):
                 so_far, all_greedy = answers.get(request, (0.0, True))
                 answers[request] = (so_far + logprob, all_greedy and bool(greedy))
