@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 
-from tests.unit.bad_inputs import Case, Scene
+from tests.unit.bad_inputs import FITS, Case, Scene
 
 AREA = "Benchmark tasks"
 GOOD = {"passage": "p", "question": "q", "label": 1}
@@ -30,7 +30,8 @@ def _tasks(
         scene.untouched.append(output)
         return [
             "evaluate", "--checkpoint", str(scene.trained), "--tasks", tasks.format(scene.root),
-            "--task-data", str(data), "--output", str(output), *words,
+            "--task-data", str(data), "--output", str(output),
+            *(word.format(scene.root) for word in words),
         ]  # fmt: skip
 
     return Case(AREA, what, command, names)
@@ -52,8 +53,8 @@ def _loop(what: str, names: tuple[str, ...], *words: str) -> Case:
 
     def command(scene: Scene) -> list[str]:
         _data(scene)
-        overrides = ["model.vocab_size=512", "train.micro_batch_size=2", "train.tasks_every=2"]
-        return scene.train(*overrides, f"train.task_data={scene.root / 'tasks'}", *words)
+        local = f"train.task_data={scene.root / 'tasks'}"
+        return scene.train(*FITS, "train.tasks_every=2", local, *words)
 
     return Case(AREA, what, command, names)
 
@@ -64,19 +65,21 @@ TASKS = [
     _tasks("a limit of no items", ("--limit 0", "all items"), "--limit", "0"),
     _tasks("one token to read", ("--max-length 1", "at least 2"), "--max-length", "1"),
     _tasks("negative tokens of a forward", ("--max-tokens", "negative"), "--max-tokens", "-1"),
-    _tasks("windows that never advance", ("--window-overlap 32",), "--window-overlap", "32"),
+    _tasks("windows that never advance", ("--window-overlap 1000", "length"),
+           "--window-overlap", "1000"),
     _tasks("no directory of task data", ("tasks", "no such directory"), prepare=lambda scene: None),
     _tasks("no data for a task", ("winogrande", "boolq", "validation"), tasks="winogrande"),
     _tasks("nothing to evaluate on", ("boolq", "validation"),
            prepare=lambda scene: _data(scene, "boolq/train.jsonl")),
     _tasks("a split in two formats", ("validation.jsonl", "keep one"), prepare=_two_formats),
-    _tasks("results into a file", ("a file", "directory"), "--output", __file__),
+    _tasks("results into a file", ("a file", "directory"),
+           "--output", "{}/tasks/boolq/validation.jsonl"),
     _tasks("a text that is not there", ("missing.jsonl", "no such file"),
            tasks="{}/missing.jsonl"),
     _records("records that are not JSON", "{", "line 1", "not JSON"),
     _records("records that are no objects", "[1]\n", "line 1", "not an object"),
     _records("task data without records", "\n", "no record"),
-    _tasks("records of another data set", ("boolq", "lack", "passage", "text"),
+    _tasks("records of another data set", ("boolq", "lack", "passage"),
            prepare=lambda scene: _data(scene, content=json.dumps({"text": "t"}) + "\n")),
     _records("a damaged Parquet file", b"PAR1", "cannot be read", file="validation.parquet"),
     _loop("a task misspelt, in the loop", ("'bolq'", "boolq"), "train.tasks=bolq"),
