@@ -12,7 +12,7 @@ pytest.importorskip("transformers", reason="the extra hf is not installed")
 pytest.importorskip("peft", reason="the extra hf is not installed")
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, StaticCache, Trainer, TrainingArguments
+from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
 import ultramem_ds.hf
 from tests.unit.exported_models import KINDS, padded, prompts_of, random_model, write_model
@@ -220,25 +220,6 @@ def test_compiles_without_graph_breaks(exports):
             got = compiled(**batch, use_cache=False).logits
         assert close(got, expected, 1e-5), kind
         torch._dynamo.reset()
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("kind", KINDS)
-def test_decoding_compiles_without_graph_breaks(exports, kind):
-    """Steps with a static cache after an eager prefill: traced twice at most, then never again."""
-    model = load(exports / kind)
-    ids = torch.tensor([PROMPTS[3], PROMPTS[3][::-1]])
-    with torch.no_grad():
-        expected = model(ids, use_cache=False).logits
-        compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
-        cache = StaticCache(config=model.config, max_cache_len=32)
-        found = [model(ids[:, :10], past_key_values=cache).logits]
-        torch._dynamo.reset()
-        with torch._dynamo.config.patch(recompile_limit=2, fail_on_recompile_limit_hit=True):
-            for step in ids[:, 10:].split(1, dim=1):
-                found.append(compiled(step, past_key_values=cache).logits)
-    assert close(torch.cat(found, 1), expected, 1e-5)
-    torch._dynamo.reset()
 
 
 @pytest.mark.parametrize("kind", KINDS)
