@@ -1,10 +1,11 @@
-"""Peak memory of export, import and from_pretrained for a model that is nearly all value table.
+"""Peak memory of what reads a model that is nearly all value table, command by command.
 
 The commands that users run, each in its own process, watched from outside: anonymous memory (what
 the process holds) apart from mapped pages of files (which the kernel takes back when it needs to).
 The same commands with a tiny table show what the program itself takes.
 
 Usage: nice python benchmarks/export_memory.py [--knum 1024] [--directory DIR] [--json]
+    [--only evaluate generate]
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -27,6 +29,7 @@ from ultramem_ds.model.lm import LanguageModel
 from ultramem_ds.sharding.blocks import Block
 
 VALUE_DIM = 1024
+COMMANDS = ("exchange", "evaluate", "generate")
 TOKENIZER = """{"version": "1.0", "added_tokens": [{"id": 0, "content": "<|endoftext|>",
  "single_word": false, "lstrip": false, "rstrip": false, "normalized": false, "special": true}],
  "pre_tokenizer": {"type": "Whitespace"}, "model": {"type": "WordLevel",
@@ -90,9 +93,43 @@ def peak_of(command: list[str]) -> dict[str, float]:
             "time_s": seconds}  # fmt: skip
 
 
-def measure(root: Path, knum: int) -> dict[str, dict[str, float]]:
-    """All commands on one model."""
-    run, verb = make_run(root / "run", knum), ["-m", "ultramem_ds"]
+def make_data(run: Path, directory: Path) -> Path:
+    """Prepared data in the tokens of ``run``."""
+    text = directory.with_suffix(".jsonl")
+    text.write_text((json.dumps({"text": "a b " * 2000}) + "\n") * 8)
+    words = ["--tokenizer", str(run / "tokenizer.json"), "--validation-share", "0.5"]
+    command = ["prepare", "--input", str(text), "--output", str(directory), *words]
+    subprocess.run([sys.executable, "-m", "ultramem_ds", *command], check=True, capture_output=True)
+    return directory
+
+
+def reading(run: Path, root: Path, only: Sequence[str]) -> dict[str, dict[str, float]]:
+    """The commands that compute with a checkpoint."""
+    found = {}
+    from_run = ["--checkpoint", str(run), "--precision"]
+    if "evaluate" in only:
+        words = ["--data", str(make_data(run, root / "data")), "--max-sequences", "2"]
+        for dtype in ("fp32", "bf16"):
+            command = ["-m", "ultramem_ds", "evaluate", *from_run, dtype, *words]
+            found[f"evaluate {dtype}"] = peak_of(command)
+    if "generate" in only:
+        words = ["--prompt", "a", "--max-new-tokens", "4"]
+        for dtype in ("fp32", "bf16"):
+            command = ["-m", "ultramem_ds", "generate", *from_run, dtype, *words]
+            found[f"generate {dtype}"] = peak_of(command)
+    return found
+
+
+def measure(root: Path, knum: int, only: Sequence[str]) -> dict[str, dict[str, float]]:
+    """The chosen commands on one model."""
+    run = make_run(root / "run", knum)
+    found = exchanging(run, root) if "exchange" in only else {}
+    return found | reading(run, root, only)
+
+
+def exchanging(run: Path, root: Path) -> dict[str, dict[str, float]]:
+    """Export, import and the load in transformers."""
+    verb = ["-m", "ultramem_ds"]
     export = [*verb, "export", "--checkpoint", str(run)]
     found = {
         "export fp32": peak_of([*export, "--output", str(root / "fp32")]),
@@ -113,12 +150,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--knum", type=int, default=1024, help="the table has knum^2 rows of 4 KB")
     parser.add_argument("--directory", type=Path, help="where to write; 4 tables' worth of disk")
+    parser.add_argument("--only", nargs="+", choices=COMMANDS, default=list(COMMANDS))
     parser.add_argument("--json", action="store_true")
     arguments = parser.parse_args()
     results = {}
     for name, knum in (("large", arguments.knum), ("tiny", 16)):
         with tempfile.TemporaryDirectory(dir=arguments.directory) as scratch:
-            results[name] = measure(Path(scratch), knum)
+            results[name] = measure(Path(scratch), knum, arguments.only)
     table_mb = arguments.knum**2 * VALUE_DIM * 4 / 1e6
     if arguments.json:
         print(json.dumps({"table_mb": table_mb, **results}, indent=1))

@@ -21,9 +21,10 @@ from tests.unit.bad_input_files import REST
 from tests.unit.bad_input_texts import TEXTS
 from tests.unit.bad_input_tokens import TOKENS
 from tests.unit.bad_inputs import CONFIGURATION, DEEPSPEED, Case, Scene
+from tests.unit.bad_tasks import TASKS
 from ultramem_ds.cli.main import main
 
-CASES = [*CONFIGURATION, *DEEPSPEED, *REST, *TEXTS, *TOKENS, *EXPORTS]
+CASES = [*CONFIGURATION, *DEEPSPEED, *REST, *TEXTS, *TOKENS, *EXPORTS, *TASKS]
 DOCUMENT = Path(__file__).resolve().parents[2] / "docs" / "bad-input.md"
 UPDATE = "UPDATE_BAD_INPUT"
 

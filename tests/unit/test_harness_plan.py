@@ -29,7 +29,7 @@ def paths(batch):
             prefix = tuple(level.rows[row][: pick.column + 1])
             while batch.levels[here].owners:
                 row = batch.levels[here].owners[row]
-                here = max(n for n in batch.levels if n < here)
+                here = max(n for n in batch.levels if n < min(here, ANSWERS))
                 tokens = tuple(batch.levels[here].rows[row]) + tokens
             found.setdefault(pick.request, []).append((tokens + prefix, pick.target))
     return found
@@ -77,6 +77,32 @@ def test_endings_continue_one_row_per_question():
     assert [tuple(row) for row in batch.levels[QUESTIONS].rows[:1]] == [(9, 5, 6)]
     assert len(batch.levels[ANSWERS].rows) == 20
     assert {tuple(row) for row in batch.levels[ANSWERS].rows} == {(1, 2), (4,)}
+
+
+def test_questions_whose_endings_are_alike_go_together():
+    """By the length of the sentence a batch would mix long and short endings."""
+    draw = random.Random(2)
+    requests = []
+    for number in range(60):
+        context = (number, *(draw.randrange(50) for _ in range(draw.randint(5, 30))))
+        width = draw.choice((4, 24))
+        requests += [Request(context, (ending, *range(width))) for ending in range(4)]
+    draw.shuffle(requests)
+    batches = plan_batches(requests, 512)
+    levels = [level for b in batches for n, level in b.levels.items() if n >= ANSWERS]
+    padded = sum(len(level.rows) * max(map(len, level.rows)) for level in levels)
+    assert padded <= 1.25 * sum(len(row) for level in levels for row in level.rows)
+
+
+def test_endings_of_one_question_that_differ_in_length_are_forwards_of_their_own():
+    lengths = [100] * 8 + [20] * 30
+    requests = [Request((5, 6), (ending, *range(n))) for ending, n in enumerate(lengths)]
+    (batch,) = plan_batches(requests, 4096)
+    widths = {number: {len(row) for row in level.rows} for number, level in batch.levels.items()}
+    assert widths == {QUESTIONS: {2}, ANSWERS: {100}, ANSWERS + 1: {20}}
+    found = paths(batch)
+    for index, request in enumerate(requests):
+        assert sorted(found[index]) == sorted(expected(request))
 
 
 @pytest.mark.parametrize("max_tokens", [64, 300, 5000])

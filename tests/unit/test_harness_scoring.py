@@ -137,3 +137,18 @@ def test_the_vocabularys_padding_has_no_probability(tokenizer):
     assert logprobs[0] == pytest.approx(plain_score(model, tokenizer, "a", "b")[0], abs=TOLERANCE)
     answer = lm.generate_until(instances("generate_until", [("a", {"max_gen_toks": 4})]))
     assert isinstance(answer[0], str)
+
+
+def test_of_tokens_that_tie_the_first_is_the_most_likely(tokenizer):
+    """As ``argmax`` has it: "b" and "c" have the same weights, and nothing scores above them."""
+    model = small_model("dense")
+    b, c = (tokenizer.encode(letter)[0] for letter in "bc")
+    lm = harness_lm(model, tokenizer)
+    pairs = [("a", "b"), ("a", "c")]
+    with torch.no_grad():
+        model.head.weight.mul_(0.1)
+        x_D = model.hidden(torch.tensor([tokenizer.encode("a")]))[0][0, -1]
+        model.head.weight[b] = model.head.weight[c] = x_D  # its product with itself is the largest
+    found = lm.loglikelihood(instances("loglikelihood", pairs))
+    assert found[0][0] == found[1][0]
+    assert [greedy for _, greedy in found] == [b < c, c < b]

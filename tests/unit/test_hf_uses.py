@@ -210,7 +210,7 @@ def test_lora_on_every_linear(exports, tmp_path):
 
 @pytest.mark.slow
 def test_compiles_without_graph_breaks(exports):
-    """Prefill and a step with a cache, by the tracer alone (no compiler needed)."""
+    """A whole forward without a cache, by the tracer alone (no compiler needed)."""
     for kind in KINDS:
         model = load(exports / kind)
         expected = logits_of(model)

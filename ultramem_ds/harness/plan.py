@@ -1,6 +1,7 @@
 """Which forwards answer a list of requests: prefixes once, similar lengths together.
 
-Requests become a tree of at most three levels, each one forward of a batch:
+Requests become a tree of at most three levels, each one forward of a batch, but that answers of
+different lengths are several:
 
     shots      what the questions of a family share (the solved examples before them)
     questions  the rest of each context
@@ -16,15 +17,19 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from ultramem_ds.harness.requests import Request, Tokens
 
 MIN_SHOTS = 32  # tokens that must be shared before a forward of their own is spent on them
 REACH = 8  # rows times columns of a forward's keys, in forwards of the largest size
 
-NUM_LEVELS = 3
-SHOTS, QUESTIONS, ANSWERS = range(NUM_LEVELS)
+SHOTS, QUESTIONS, ANSWERS = range(3)  # forwards from ANSWERS on all continue the questions
+
+# Answers are padded to the longest of their forward. Those shorter than this share of it get one
+# of their own, if both have so many tokens: a forward costs something by itself.
+ALIKE = 0.75
+WORTH_A_FORWARD = 256
 
 
 @dataclass(frozen=True)
@@ -54,7 +59,7 @@ class Level:
 
 @dataclass(frozen=True)
 class Batch:
-    """Levels by number, those without rows left out."""
+    """Levels by number, those without rows left out; from ``ANSWERS`` on all are answers."""
 
     levels: dict[int, Level]
 
@@ -81,7 +86,7 @@ class _Piece:
     questions: list[_Question]
 
     def sizes(self) -> list[tuple[int, int, int]]:
-        """Rows, widest row and most columns seen, by level."""
+        """Rows, widest row and most columns seen: of shots, questions and all answers."""
         tails = [len(q.context) - self.num_shared for q in self.questions]
         widths = [
             tail + (len(q.answers[0]) if q.is_single else 0)
@@ -105,7 +110,7 @@ def plan_batches(requests: Sequence[Request], max_tokens: int) -> list[Batch]:
     pieces: list[_Piece] = []
     for num_shared, questions in _families(_questions(requests)):
         pieces += _cut(num_shared, questions, max_tokens)
-    pieces.sort(key=lambda p: (p.num_shared > 0, p.num_shared, p.sizes()[QUESTIONS][1]))
+    pieces.sort(key=_likeness)
     batches: list[Batch] = []
     chosen: list[_Piece] = []
     for piece in reversed(pieces):
@@ -117,6 +122,12 @@ def plan_batches(requests: Sequence[Request], max_tokens: int) -> list[Batch]:
     if chosen:
         batches.append(_batch(chosen, requests))
     return batches
+
+
+def _likeness(piece: _Piece) -> tuple[bool, int, int, int]:
+    """Neighbours in this order pad each other least: in answers first, which are most tokens."""
+    _, (_, question_width, _), (_, answer_width, _) = piece.sizes()
+    return piece.num_shared > 0, piece.num_shared, answer_width, question_width
 
 
 def _questions(requests: Sequence[Request]) -> list[_Question]:
@@ -175,8 +186,7 @@ def _cut(num_shared: int, questions: list[_Question], max_tokens: int) -> Iterat
 
 
 def _fits(pieces: Sequence[_Piece], max_tokens: int) -> bool:
-    for level in range(NUM_LEVELS):
-        sizes = [piece.sizes()[level] for piece in pieces]
+    for sizes in zip(*(piece.sizes() for piece in pieces)):
         rows = sum(size[0] for size in sizes)
         width, columns = max(size[1] for size in sizes), max(size[2] for size in sizes)
         if rows * width > max_tokens or (rows > 1 and rows * columns > REACH * max_tokens):
@@ -185,7 +195,7 @@ def _fits(pieces: Sequence[_Piece], max_tokens: int) -> bool:
 
 
 def _batch(pieces: Sequence[_Piece], requests: Sequence[Request]) -> Batch:
-    levels = [Level() for _ in range(NUM_LEVELS)]
+    levels = [Level() for _ in (SHOTS, QUESTIONS, ANSWERS)]
     for piece in pieces:
         begin = piece.num_shared
         if begin:
@@ -194,7 +204,37 @@ def _batch(pieces: Sequence[_Piece], requests: Sequence[Request]) -> Batch:
             if begin:
                 levels[QUESTIONS].owners.append(len(levels[SHOTS].rows) - 1)
             _add_question(levels, question, begin, requests)
-    return Batch({number: level for number, level in enumerate(levels) if level.rows})
+    forwards = [*levels[:ANSWERS], *_by_length(levels[ANSWERS])]
+    return Batch({number: level for number, level in enumerate(forwards) if level.rows})
+
+
+def _by_length(answers: Level) -> Iterator[Level]:
+    """Answers cut into forwards of similar lengths, the longest first."""
+    order = sorted(range(len(answers.rows)), key=lambda row: len(answers.rows[row]), reverse=True)
+    chosen: list[int] = []
+    left = sum(map(len, answers.rows))  # tokens that no forward has yet
+    for row in order:
+        length = len(answers.rows[row])
+        if chosen:
+            width = len(answers.rows[chosen[0]])
+            enough = min(left, width * len(chosen)) >= WORTH_A_FORWARD
+            if enough and length < ALIKE * width:
+                yield _only(answers, chosen)
+                chosen = []
+        chosen.append(row)
+        left -= length
+    if chosen:
+        yield _only(answers, chosen)
+
+
+def _only(level: Level, rows: Sequence[int]) -> Level:
+    """Some rows of a level, numbered anew."""
+    numbers = {row: number for number, row in enumerate(rows)}
+    return Level(
+        [level.rows[row] for row in rows],
+        [level.owners[row] for row in rows],
+        [replace(pick, row=numbers[pick.row]) for pick in level.picks if pick.row in numbers],
+    )
 
 
 def _add_question(

@@ -3,7 +3,8 @@
 Batches are dealt out to the ranks in rounds. In every round all ranks make the same forwards: one
 for each level that some rank's batch has; a rank without such a level runs one token of nothing.
 
-Letters: B rows, S columns, M scored positions, N scored tokens, W vocabulary.
+Letters: B rows, S columns, M scored positions, N scored tokens, G scored tokens that no other
+scores above, W vocabulary.
 """
 
 from __future__ import annotations
@@ -14,13 +15,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ultramem_ds.harness.plan import NUM_LEVELS, Batch, Level, Pick, plan_batches
+from ultramem_ds.harness.plan import ANSWERS, Batch, Level, Pick, plan_batches
 from ultramem_ds.harness.requests import Request, Score
 from ultramem_ds.infer.branch import Branch
 from ultramem_ds.infer.peers import Peers
 from ultramem_ds.model.lm import LanguageModel, Scored
 
-FP32_ELEMENTS = 1 << 24  # of logits converted at a time
+# Logits taken at a time: on a CPU what its cache holds, elsewhere what keeps the device busy.
+CPU_ELEMENTS, DEVICE_ELEMENTS = 1 << 18, 1 << 24
 
 # (requests, log-probability (N,), whether most likely (N,)) of one level.
 _Part = tuple[list[int], Tensor, Tensor]
@@ -52,7 +54,7 @@ class Scorer:
         ranks = self.peers.world_size
         for begin in range(0, len(batches), ranks):
             round_ = batches[begin : begin + ranks]
-            wanted = [n for n in range(NUM_LEVELS) if any(n in b.levels for b in round_)]
+            wanted = sorted({number for b in round_ for number in b.levels})
             batch = round_[self.peers.rank] if self.peers.rank < len(round_) else Batch({})
             answers = self._run(batch, wanted)
             mine.update(answers)
@@ -71,7 +73,8 @@ class Scorer:
             if level is None:
                 self._keep_company()
                 continue
-            past, (requests, logprob_N, greedy_N) = self._forward(level, past)
+            branch, (requests, logprob_N, greedy_N) = self._forward(level, past)
+            past = branch if number < ANSWERS else past
             for request, logprob, greedy in zip(requests, logprob_N.tolist(), greedy_N.tolist()):
                 so_far, all_greedy = answers.get(request, (0.0, True))
                 answers[request] = (so_far + logprob, all_greedy and bool(greedy))
@@ -94,13 +97,16 @@ class Scorer:
         """Log-probability of each pick's target, and whether it is the most likely token."""
         device = logits_MW.device
         logits_MW = logits_MW[:, : self.vocab_size]
-        step = max(1, FP32_ELEMENTS // logits_MW.shape[1])
-        norms_M = torch.cat([part.float().logsumexp(-1) for part in logits_MW.split(step)])
-        best_M = logits_MW.argmax(-1)
+        best_M, norms_M = _norms(logits_MW)
         index_N = torch.tensor(index, dtype=torch.int64, device=device)
         targets_N = torch.tensor([p.target for p in picks], dtype=torch.int64, device=device)
-        logprob_N = logits_MW[index_N, targets_N].float() - norms_M[index_N]
-        greedy_N = best_M[index_N] == targets_N
+        scores_N = logits_MW[index_N, targets_N].float()
+        logprob_N = scores_N - norms_M[index_N]
+        # Few targets score highest; only theirs are searched for an earlier token that ties.
+        greedy_N = scores_N == best_M[index_N]
+        highest_G = greedy_N.nonzero().squeeze(1)
+        first_G = logits_MW[index_N[highest_G]].argmax(-1)
+        greedy_N[highest_G] = first_G == targets_N[highest_G]
         return [p.request for p in picks], logprob_N.double().cpu(), greedy_N.cpu()
 
     def _keep_company(self) -> None:
@@ -109,3 +115,16 @@ class Scorer:
         tokens_11 = torch.zeros((1, 1), dtype=torch.int64, device=device)
         picks_1 = torch.zeros(1, dtype=torch.int64, device=device)
         self.model(tokens_11, scored=Scored(Branch(self.model, [1]), picks_1))
+
+
+def _norms(logits_MW: Tensor) -> tuple[Tensor, Tensor]:
+    """Largest logit of each position, and the logarithm of the sum of their exponentials; fp32."""
+    elements = CPU_ELEMENTS if logits_MW.device.type == "cpu" else DEVICE_ELEMENTS
+    best, norms = [], []
+    for part_RW in logits_MW.split(max(1, elements // logits_MW.shape[1])):
+        part_RW = part_RW.float()
+        best_R = part_RW.amax(-1)
+        sums_R = (part_RW - best_R.unsqueeze(1)).exp_().sum(-1)
+        best.append(best_R)
+        norms.append(best_R + sums_R.log_())
+    return torch.cat(best), torch.cat(norms)

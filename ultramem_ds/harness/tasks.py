@@ -229,6 +229,11 @@ def _load(manager: TaskManager, specs: Sequence[str | dict[str, Any]]) -> dict[s
             return dict(manager.load(list(specs)))
         except ValueError:
             raise
+        except jinja2.UndefinedError as error:  # a template met a record without its field
+            raise ValueError(
+                f"the records of {', '.join(map(str, specs))} lack a field that the task reads: "
+                f"{error}"
+            ) from None
         except Exception as error:  # downloads and tasks' own code raise anything
             reason = str(error).strip().splitlines()
             raise ValueError(
