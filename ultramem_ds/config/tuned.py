@@ -11,7 +11,8 @@ from collections.abc import Mapping
 from ultramem_ds.config.shapes import Overrides, merge
 
 _DEBUG_TUNED: dict[str, Overrides] = {
-    # lr from 2e-3: what suits the sparse kinds below; not tried on a dense model yet.
+    # lr from 2e-3: what suits the sparse kinds below; not tried on a dense model at this batch. At
+    # 8,192 tokens a step every kind wants 8e-3 (docs/study.md, the rates).
     "dense-debug": {"optim": {"lr": 4e-3}},
     # lr from 2e-3: as for dense, not tried yet. The values keep their constant 1e-2.
     "pkm-debug": {"optim": {"lr": 4e-3}},
