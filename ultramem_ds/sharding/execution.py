@@ -5,6 +5,7 @@ Three executors behind one interface; which one is a setting, the results are th
 
 from __future__ import annotations
 
+import atexit
 import queue
 import threading
 from collections.abc import Callable
@@ -64,12 +65,18 @@ class ThreadExecutor:
     """One worker thread, for CPU ranks: gloo waits and table reads leave the interpreter free.
 
     The thread is a daemon: a rank that fails elsewhere can exit although its worker still waits in
-    a collective for the others.
+    a collective for the others. An idle one ends before the interpreter does.
     """
 
     def __init__(self) -> None:
-        self._queue: queue.SimpleQueue[tuple[Work, Future[Tensor]]] = queue.SimpleQueue()
-        threading.Thread(target=self._serve, name="table-lookups", daemon=True).start()
+        self._queue: queue.SimpleQueue[tuple[Work, Future[Tensor]] | None] = queue.SimpleQueue()
+        self._thread = threading.Thread(target=self._serve, name="table-lookups", daemon=True)
+        self._thread.start()
+        atexit.register(self._end)
+
+    def _end(self) -> None:
+        self._queue.put(None)
+        self._thread.join(timeout=1.0)
 
     def submit(self, work: Work) -> Future[Tensor]:
         """Queues ``work``."""
@@ -78,14 +85,14 @@ class ThreadExecutor:
         return future
 
     def _serve(self) -> None:
-        while True:
-            work, future = self._queue.get()
+        while (item := self._queue.get()) is not None:
+            work, future = item
             try:
                 future.set_result(work())
             except BaseException as error:  # raised again where the result is asked for
                 future.set_exception(error)
             # An idle worker must not keep the last lookup's tensors alive.
-            del work, future
+            del item, work, future
 
 
 class StreamExecutor:
