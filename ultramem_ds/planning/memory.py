@@ -23,7 +23,7 @@ MASTER_BYTES = 4  # fp32 weights beside those that compute
 # ZeRO-3 keeps a gathered parameter that is used again before so many others: DeepSpeed's default.
 REUSE_DISTANCE = 1_000_000_000
 # Python, PyTorch, DeepSpeed and what a first step loads, resident; benchmarks/start_memory.py.
-PROCESS_BYTES = 300_000_000
+PROCESS_BYTES = 310_000_000
 # glibc keeps freed blocks of up to 32 MB in its heap, where the next step's do not fit exactly: of
 # a micro-batch's activations this share, measured on small models; larger blocks go back at once.
 KEPT_SHARE = 0.75
