@@ -32,22 +32,26 @@ def golden_legs(directory: Path) -> list[Leg]:
             for kind in KINDS]
 
 
+def check_series(kind: str, found: list[list[float]], rtols: dict[str, float]) -> None:
+    """``[loss, grad_norm]`` of every step against the recorded ones, each within its tolerance."""
+    recorded = json.loads((GOLDEN / f"{kind}.json").read_text())
+    for column, (name, rtol) in enumerate(rtols.items()):
+        torch.testing.assert_close(
+            torch.tensor([line[column] for line in found], dtype=torch.float64),
+            torch.tensor([line[name] for line in recorded], dtype=torch.float64),
+            rtol=rtol,
+            atol=0,
+            msg=lambda text: f"{kind}, {name}: {text}",
+        )
+
+
 def test_series_are_the_recorded_ones(tmp_path: Path) -> None:
     series = run_ranks(run_legs, 2, golden_legs(tmp_path))[0]
     for kind, found in zip(KINDS, series, strict=True):
-        path = GOLDEN / f"{kind}.json"
-        lines = [{"loss": loss, "grad_norm": norm} for loss, norm in found]
         if os.environ.get("RECORD_GOLDEN"):
-            path.write_text(json.dumps(lines, indent=1) + "\n")
-        recorded = json.loads(path.read_text())
-        for name in ("loss", "grad_norm"):
-            torch.testing.assert_close(
-                torch.tensor([line[name] for line in lines], dtype=torch.float64),
-                torch.tensor([line[name] for line in recorded], dtype=torch.float64),
-                rtol=RTOL,
-                atol=0,
-                msg=lambda text, kind=kind, name=name: f"{kind}, {name}: {text}",
-            )
+            lines = [{"loss": loss, "grad_norm": norm} for loss, norm in found]
+            (GOLDEN / f"{kind}.json").write_text(json.dumps(lines, indent=1) + "\n")
+        check_series(kind, found, {"loss": RTOL, "grad_norm": RTOL})
 
 
 @pytest.mark.gpu
@@ -56,12 +60,4 @@ def test_a_gpu_follows_the_recorded_series(tmp_path: Path) -> None:
     """One rank on a GPU by the engine of ``train``, against two CPU ranks."""
     series = run_ranks(run_legs, 1, golden_legs(tmp_path), backend="nccl")[0]
     for kind, found in zip(KINDS, series, strict=True):
-        recorded = json.loads((GOLDEN / f"{kind}.json").read_text())
-        for column, (name, rtol) in enumerate(GPU_RTOL.items()):
-            torch.testing.assert_close(
-                torch.tensor([line[column] for line in found], dtype=torch.float64),
-                torch.tensor([line[name] for line in recorded], dtype=torch.float64),
-                rtol=rtol,
-                atol=0,
-                msg=lambda text, kind=kind, name=name: f"{kind}, {name}: {text}",
-            )
+        check_series(kind, found, GPU_RTOL)

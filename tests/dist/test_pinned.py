@@ -6,11 +6,13 @@ import ast
 import math
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 
 from tests.dist.elastic_series import Leg, build_engine, micro_batches
 from ultramem_ds.testing.distributed import run_ranks
+from ultramem_ds.zero.deepspeed_import import deepspeed
 from ultramem_ds.zero.pinned import PINNED, Pinned, check_names
 
 TESTS = Path(__file__).parents[1]
@@ -49,7 +51,9 @@ def test_every_name_has_its_test() -> None:
 
 def test_a_release_without_a_name_is_refused_in_one_line() -> None:
     gone = Pinned("runtime.engine", "_no_such_name", "nothing", "")
-    with pytest.raises(ImportError, match=r"^DeepSpeed \S+ has no deepspeed.runtime.engine: _no_such"):
+    with pytest.raises(
+        ImportError, match=r"^DeepSpeed \S+ has no deepspeed.runtime.engine: _no_such"
+    ):
         check_names([*PINNED, gone])
 
 
@@ -68,7 +72,10 @@ def norms(rank: int, world_size: int, legs: list[Leg]) -> list[Any]:
 def test_norms_of_tables_and_of_the_rest_make_the_whole(tmp_path: Path) -> None:
     legs = [
         Leg(kind="ultramem", begin=0, end=1, run_dir=tmp_path, overrides=(f"{key}={value}",))
-        for key, value in (("memory.table_optimizer", "dense"), ("memory.table_optimizer", "row-sparse"))
+        for key, value in (
+            ("memory.table_optimizer", "dense"),
+            ("memory.table_optimizer", "row-sparse"),
+        )
     ]
     (dense_whole, dense), (rows_whole, rows) = run_ranks(norms, 2, legs)[0]
     for whole, parts in ((dense_whole, dense), (rows_whole, rows)):
@@ -77,3 +84,13 @@ def test_norms_of_tables_and_of_the_rest_make_the_whole(tmp_path: Path) -> None:
         assert math.hypot(table, rest) == pytest.approx(whole, rel=1e-6)  # fp32 squares
     # Stepped by row, the tables' norm comes from elsewhere and is the same.
     assert rows["grad_norm_tables"] == pytest.approx(dense["grad_norm_tables"], rel=1e-5)
+
+
+def test_no_marks_for_a_profiler() -> None:
+    nvtx = deepspeed.utils.nvtx
+    with mock.patch.object(nvtx, "_range_push") as push:
+        assert nvtx.instrument_w_nvtx(lambda: 3)() == 3
+        assert not push.called
+        with mock.patch.object(nvtx, "enable_nvtx", True), mock.patch.object(nvtx, "_range_pop"):
+            nvtx.instrument_w_nvtx(lambda: 3)()
+        assert push.called  # the switch is still the switch

@@ -8,7 +8,7 @@ reaches ``FAIR_SHARE`` of its own roofline; others are void.
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import cycle, product
 from typing import Any
@@ -61,6 +61,21 @@ _PROBE_ELEMENTS = 1 << 27
 _ROOM = 0.7  # of what is free may be taken
 
 
+def check_steps(size: str, batches: Sequence[int], kv_modes: Sequence[str]) -> None:
+    """Refuse an unknown family, no or an impossible batch, an unknown cache.
+
+    Raises:
+        ValueError: naming the option and what it takes.
+    """
+    if size not in FAMILIES:
+        raise ValueError(f"--size {size}: use one of {sorted(FAMILIES)}")
+    if not batches or min(batches) < 1:
+        raise ValueError(f"--batch {batches}: at least one, each at least 1")
+    for mode in kv_modes:
+        if mode not in KV_MODES:
+            raise ValueError(f"--kv {mode}: use some of {list(KV_MODES)}")
+
+
 @dataclass(frozen=True, kw_only=True)
 class DecodeBenchConfig:
     """What to measure and how.
@@ -88,13 +103,7 @@ class DecodeBenchConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if self.size not in FAMILIES:
-            raise ValueError(f"--size {self.size}: use one of {sorted(FAMILIES)}")
-        if not self.batches or min(self.batches) < 1:
-            raise ValueError(f"--batch {self.batches}: at least one, each at least 1")
-        for mode in self.kv_modes:
-            if mode not in KV_MODES:
-                raise ValueError(f"--kv {mode}: use some of {list(KV_MODES)}")
+        check_steps(self.size, self.batches, self.kv_modes)
         if self.rounds < 3:
             raise ValueError(f"--rounds {self.rounds}: at least 3")
 

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from ultramem_ds.bench.common import header
-from ultramem_ds.bench.decode import FAMILIES, KV_MODES
+from ultramem_ds.bench.decode import FAMILIES, check_steps
 from ultramem_ds.bench.decode_cost import Part, Rates, Touched, paper_bytes, step_parts
 from ultramem_ds.bench.decode_models import KV_LENGTH, KVMode
 from ultramem_ds.bench.kernel_cost import LookupShape, lookup_programs
@@ -59,13 +59,7 @@ class PredictConfig:
     table_bytes: int = BF16
 
     def __post_init__(self) -> None:
-        if self.size not in FAMILIES:
-            raise ValueError(f"--size {self.size}: use one of {sorted(FAMILIES)}")
-        if not self.batches or min(self.batches) < 1:
-            raise ValueError(f"--batch {self.batches}: at least one, each at least 1")
-        for mode in self.kv_modes:
-            if mode not in KV_MODES:
-                raise ValueError(f"--kv {mode}: use some of {list(KV_MODES)}")
+        check_steps(self.size, self.batches, self.kv_modes)
         if not self.launch_us >= 0:
             raise ValueError(f"--launch-us {self.launch_us}: 0 or more")
 

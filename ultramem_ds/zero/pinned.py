@@ -116,6 +116,12 @@ PINNED = (
         "dist/test_padded_experts.py::test_padding_changes_no_digit_of_the_loss",
     ),
     Pinned(
+        "utils.nvtx",
+        "enable_nvtx",
+        "switched off: marks for a profiler, some thousand calls a step",
+        "dist/test_pinned.py::test_no_marks_for_a_profiler",
+    ),
+    Pinned(
         _ENGINE,
         "_get_expert_ckpt_name",
         "how files of experts are named: padding's are left out",
