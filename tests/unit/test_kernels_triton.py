@@ -12,29 +12,32 @@ from pathlib import Path
 import pytest
 import torch
 
-CHECKS = Path(__file__).with_name("kernels_triton_checks.py")
+CHECKS = ["triton", "finding"]
 REPOSITORY = Path(__file__).parents[2]
 
 
-def test_triton_kernels_under_the_interpreter():
+@pytest.mark.parametrize("checks", CHECKS)
+def test_triton_kernels_under_the_interpreter(checks):
     pytest.importorskip("triton")
-    run_checks(TRITON_INTERPRET="1")
+    run_checks(checks, TRITON_INTERPRET="1")
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
-def test_triton_kernels_on_the_gpu():
-    run_checks()
+@pytest.mark.parametrize("checks", CHECKS)
+def test_triton_kernels_on_the_gpu(checks):
+    run_checks(checks)
 
 
-def run_checks(**settings):
+def run_checks(checks, **settings):
     environment = {
         **{key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"},
         **settings,
         "PYTHONPATH": os.pathsep.join([str(REPOSITORY), os.environ.get("PYTHONPATH", "")]),
     }
     environment.pop("ULTRAMEM_KERNEL", None)
-    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", str(CHECKS)]
+    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider"]
+    command.append(str(Path(__file__).with_name(f"kernels_{checks}_checks.py")))
     done = subprocess.run(
         command, cwd=REPOSITORY, env=environment, capture_output=True, text=True, timeout=300
     )

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from itertools import cycle
 from typing import Literal, TypeAlias, cast
 
@@ -27,6 +28,7 @@ from ultramem_ds.kernels.cpu import PANEL
 from ultramem_ds.kernels.hugepages import advise_huge_pages
 from ultramem_ds.model.init import init_parameter
 from ultramem_ds.model.lm import LanguageModel, StepInputs
+from ultramem_ds.model.memory.layer import Locate, Located
 from ultramem_ds.model.transformer import Attention, AttentionContext, Block, KVSlot
 
 Routing: TypeAlias = Literal["forced-uniform", "iid-uniform", "own"]
@@ -143,18 +145,30 @@ class ForcedRouter:
         return weights_Tk, next(self.draws), balance_loss
 
 
-class ForcedShuffle(nn.Module):
-    """A slot permutation whose result is replaced after it has been computed."""
+class ForcedLocate:
+    """A memory layer's ``locate`` whose rows are replaced after they have been found.
 
-    def __init__(self, shuffle: nn.Module, draws_NTK: Tensor) -> None:
-        super().__init__()
-        self.shuffle = shuffle
-        self.draws = cycle(draws_NTK)
+    Args:
+        locate: the layer's own; its cost stays.
+        draws_NTK: slots after the permutation, of N steps in turn.
+        num_rows: of the table.
+    """
 
-    def forward(self, slots_TK: Tensor) -> Tensor:
-        """Forced slots."""
-        self.shuffle(slots_TK)
-        return next(self.draws)
+    def __init__(self, locate: Locate, draws_NTK: Tensor, num_rows: int) -> None:
+        self.locate = locate
+        rows_NTK, projectors_NTK = draws_NTK % num_rows, draws_NTK // num_rows
+        self.draws = cycle(list(zip(draws_NTK, rows_NTK, projectors_NTK)))
+
+    def __call__(
+        self,
+        x_BSD: Tensor,
+        doc_boundaries_BS: Tensor | None,
+        conv_state: Tensor | None,
+        recall_tokens: int,
+    ) -> Located:
+        """Own scores, forced rows."""
+        own = self.locate(x_BSD, doc_boundaries_BS, conv_state, recall_tokens)
+        return Located(own.selection, *next(self.draws))
 
 
 def balanced_experts(
@@ -218,11 +232,11 @@ def force_routing(model: LanguageModel, routing: Routing, num_tokens: int, seed:
             experts.route = ForcedRouter(gate, draws.to(device))
     memory_config = model.config.memory
     for memory in model.memory_layers:
-        shuffle = memory.shuffle
-        own = shuffle.shuffle if isinstance(shuffle, ForcedShuffle) else shuffle
+        own = memory.locate.locate if isinstance(memory.locate, ForcedLocate) else memory.locate
         shape = (num_draws(num_tokens), num_tokens, memory_config.rows_per_token)
-        draws = torch.randint(memory_config.num_slots, shape, generator=generator)
-        memory.shuffle = own if routing == "own" else ForcedShuffle(own, draws.to(device))
+        draws = torch.randint(memory_config.num_slots, shape, generator=generator).to(device)
+        forced = ForcedLocate(own, draws, memory.num_rows)
+        memory.locate = own if routing == "own" else forced
 
 
 class OnlyNew:
@@ -309,7 +323,7 @@ class BenchState:
     def keep_conv(self, index: int, inputs_BSD: Tensor, state_BCD: Tensor | None) -> None:
         """See ``DecodeState``; the address stays, for graphs."""
         address = self.conv[index]
-        if address is not None and state_BCD is not None:
+        if address is not None and state_BCD is not None and state_BCD is not address:
             address.copy_(state_BCD)
 
 
@@ -327,16 +341,27 @@ def count_touched(
                     lambda module, inputs, out: experts.append(int((out.expert_counts > 0).sum()))
                 )
             )
-    for memory in model.memory_layers:
-        handles.append(
-            memory.shuffle.register_forward_hook(
-                lambda module, inputs, out, n=memory.num_rows: rows.append(
-                    (out % n).unique().numel()
-                )
-            )
-        )
+    located = [(memory, memory.locate) for memory in model.memory_layers]
+    for memory, locate in located:
+        memory.locate = partial(_locate_counting, locate, rows)
     for _ in range(num_steps):
         step()
     for handle in handles:
         handle.remove()
+    for memory, locate in located:
+        memory.locate = locate
     return sum(experts) / max(1, len(experts)), sum(rows) / max(1, len(rows))
+
+
+def _locate_counting(
+    locate: Locate,
+    counts: list[int],
+    x_BSD: Tensor,
+    doc_boundaries_BS: Tensor | None,
+    conv_state: Tensor | None,
+    recall_tokens: int,
+) -> Located:
+    """``locate``, with its distinct rows counted."""
+    found = locate(x_BSD, doc_boundaries_BS, conv_state, recall_tokens)
+    counts.append(found.rows_TK.unique().numel())
+    return found

@@ -109,6 +109,9 @@ class Branch:
         """See ``model.lm.DecodeState``: the last inputs of a row's tokens, not of its padding."""
         if state_BCD is None:
             return
+        if inputs_BSD.shape[1] == 1:  # no padding; the state before may be gone, moved on in place
+            self.conv[index] = state_BCD
+            return
         before_BCD = self.conv[index]
         if before_BCD is None:
             before_BCD = torch.zeros_like(state_BCD)

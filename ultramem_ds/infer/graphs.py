@@ -73,8 +73,8 @@ class FixedState:
         """Carry the convolutions' states to their fixed addresses and move on by one position."""
         for j, address in enumerate(self.addresses):
             new = self.conv[j]
-            if address is not None and new is not None:
-                address.copy_(new)
+            if address is not None and new is not None and new is not address:
+                address.copy_(new)  # a fused retrieval has moved it on in place
         self.conv = list(self.addresses)
         self.position_1 += 1
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from ultramem_ds.infer.experts import GroupedExperts
+from ultramem_ds.infer.find import can_fuse, fuse_retrieval
 from ultramem_ds.infer.search import PackedSearch
 from ultramem_ds.infer.weights import GroupedWeights, PackedLinear, Packer
 from ultramem_ds.kernels import resolve
@@ -21,7 +22,8 @@ def prepare_for_decoding(
 
     Mixtures of experts get grouped products, which read the chosen experts only. Where the device's
     kernel gains by it (``Kernel.packs``: fp32 on a CPU), linear maps and the memory's search keys
-    are packed too.
+    are packed too; where it fuses a memory layer's retrieval (``Kernel.finds_rows``: Triton), decode
+    steps take that.
 
     Args:
         model: whose training ends here: its linear maps are emptied as they are taken over.
@@ -38,6 +40,10 @@ def prepare_for_decoding(
         pack_linears(model, packer)
         for memory in model.memory_layers:
             search_packed_keys(memory)
+        return model
+    for memory in model.memory_layers:
+        if can_fuse(memory, like):
+            fuse_retrieval(memory)
     return model
 
 

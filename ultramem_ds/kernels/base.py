@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ultramem_ds.config.memory import Candidates
+from ultramem_ds.kernels.finding import FoundRows, RowFinder
 from ultramem_ds.kernels.row_adam import AdamStep
 
 # T tokens, K entries per token, M entries in all (T * K when rectangular), E projectors, B bags,
@@ -144,6 +145,26 @@ class Kernel(Protocol):
 
     def split(self, slots: Tensor, num_rows: int) -> tuple[Tensor, Tensor]:
         """Rows ``slots % num_rows`` and projectors ``slots // num_rows`` of slots >= 0."""
+        ...
+
+    def finds_rows(self, weight: Tensor) -> bool:
+        """Whether :meth:`find_rows` is the faster way for weights like this one."""
+        ...
+
+    def find_rows(
+        self, finder: RowFinder, x_TD: Tensor, state_TCD: Tensor | None, begins_T: Tensor | None
+    ) -> FoundRows:
+        """A decode step's way from hidden states to the rows that a memory layer looks up.
+
+        One-sided candidates, one token of each sequence, no gradients.
+
+        Args:
+            finder: weights and settings.
+            x_TD: hidden states.
+            state_TCD: the convolution's inputs before them, ``C = k - 1``, dense in D; moved on by
+                these tokens, in place. None without a convolution.
+            begins_T: True where a token is the first of its document; None: nowhere.
+        """
         ...
 
     def packs(self, weight: Tensor) -> bool:

@@ -9,6 +9,7 @@ from torch import Tensor
 from ultramem_ds.config.memory import Candidates
 from ultramem_ds.kernels.base import Kernel, Search
 from ultramem_ds.kernels.dots import exact_scores
+from ultramem_ds.kernels.finding import FoundRows, RowFinder
 from ultramem_ds.kernels.pairs import best_pairs, compiled_best_pairs, top_candidates
 from ultramem_ds.kernels.row_adam import AdamStep
 
@@ -104,6 +105,54 @@ class PlainKernel(Kernel):
     def split(self, slots: Tensor, num_rows: int) -> tuple[Tensor, Tensor]:
         """See :class:`ultramem_ds.kernels.base.Kernel`."""
         return slots % num_rows, slots // num_rows
+
+    def finds_rows(self, weight: Tensor) -> bool:
+        """Never: torch does it one operator at a time, as the model's own modules do."""
+        return False
+
+    def find_rows(
+        self, finder: RowFinder, x_TD: Tensor, state_TCD: Tensor | None, begins_T: Tensor | None
+    ) -> FoundRows:
+        """See :class:`ultramem_ds.kernels.base.Kernel`."""
+        if finder.conv_kD is not None:
+            assert state_TCD is not None
+            inputs_T1D = x_TD[:, None]
+            begins_T1 = None if begins_T is None else begins_T[:, None]
+            x_TD = self.causal_conv(inputs_T1D, finder.conv_kD, begins_T1, state_TCD)[:, 0]
+            state_TCD.copy_(torch.cat([state_TCD[:, 1:], inputs_T1D], dim=1))
+        width = finder.keys_2Hnrd.shape[4]
+        queries_TGd = F.linear(x_TD, finder.proj_OD).view(-1, finder.num_queries, width)
+        if finder.norm == "layernorm":
+            queries_TGd = F.layer_norm(queries_TGd, (width,), finder.norm_d, None, finder.eps)
+        elif finder.norm == "rmsnorm":
+            queries_TGd = F.rms_norm(queries_TGd, (width,), finder.norm_d, finder.eps)
+        groups_2Hs = finder.groups_2Hr[:, :, : finder.search_2Hnsd.shape[3]]
+
+        def search(tokens: slice) -> Tensor:
+            met_T2Hsd = queries_TGd[tokens, groups_2Hs]
+            return torch.einsum("txhsd,xhnsd->xthn", met_T2Hsd, finder.search_2Hnsd)
+
+        slots_THm, scores_THmh = self.select(
+            search,
+            queries_TGd,
+            finder.groups_2Hr,
+            finder.keys_2Hnrd,
+            finder.core_hHrr,
+            finder.top_m,
+        )
+        if finder.softmax:
+            scores_THmh = scores_THmh.softmax(dim=-2)
+        slots_TK = permuted_TK = slots_THm.flatten(1)
+        if finder.rounds is not None:
+            permuted_TK = self.shuffle(slots_TK, finder.rounds)
+        elif finder.permutation is not None:
+            permuted_TK = finder.permutation[slots_TK]
+        return FoundRows(
+            slots_TK,
+            permuted_TK,
+            *self.split(permuted_TK, finder.num_rows),
+            scores_THmh.flatten(1, 2),
+        )
 
     def packs(self, weight: Tensor) -> bool:
         """Never: torch multiplies with weights as they are."""

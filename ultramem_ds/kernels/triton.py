@@ -18,7 +18,10 @@ from torch import Tensor
 
 from ultramem_ds.kernels.base import accumulation_dtype
 from ultramem_ds.kernels.plain import PlainKernel
+from ultramem_ds.kernels.finding import FoundRows, RowFinder
 from ultramem_ds.kernels.row_adam import AdamStep
+from ultramem_ds.kernels.tiles import Settings, gpu_name, power_of_two, settings
+from ultramem_ds.kernels.triton_finding import DTYPES, find_rows
 from ultramem_ds.kernels.triton_programs import (
     entry_dots_program,
     join_runs_program,
@@ -32,14 +35,15 @@ from ultramem_ds.kernels.triton_programs import (
 # Letters: see kernels/base.py. C = V / h columns of one core's chunk.
 
 _ACCUMULATORS = 4096  # accumulators of one program: E bags times a tile of columns
-_MAX_TILE = 512  # columns of a tile
 RUN = 64  # sorted entries that one program of the backward walks
 _TL_DTYPES = {torch.float32: tl.float32, torch.float64: tl.float64}
 
 
-def _tile(columns: int, limit: int = _MAX_TILE) -> int:
-    """Return a power of two that covers ``columns``, or ``limit`` if that is less."""
-    return min(triton.next_power_of_2(columns), limit)
+def _tiles(program: str, columns: int, device: torch.device, limit: int = 1 << 30) -> Settings:
+    """The table's settings, the tile no wider than what covers the columns, or than ``limit``."""
+    covering = power_of_two(columns)
+    chosen = settings(program, f"V{covering}", gpu_name(device))
+    return {**chosen, "TILE_V": min(chosen["TILE_V"], covering, limit)}
 
 
 class TritonKernel(PlainKernel):
@@ -58,11 +62,12 @@ class TritonKernel(PlainKernel):
         """See :class:`ultramem_ds.kernels.base.Kernel`."""
         (num_tokens, num_entries), width = rows_TK.shape, values_RV.shape[1]
         pooled_TEV = values_RV.new_empty(num_tokens, num_projectors, width)
-        tile_E = triton.next_power_of_2(num_projectors)
-        tile_V = _tile(width, limit=max(16, min(_MAX_TILE, _ACCUMULATORS // tile_E)))
+        tile_E = power_of_two(num_projectors)
+        limit = max(16, _ACCUMULATORS // tile_E)
+        tiles = _tiles("pool_rectangular_program", width, values_RV.device, limit)
         if num_tokens > 0:
             with torch.cuda.device_of(values_RV):
-                pool_rectangular_program[(num_tokens, triton.cdiv(width, tile_V))](
+                pool_rectangular_program[(num_tokens, triton.cdiv(width, tiles["TILE_V"]))](
                     values_RV,
                     rows_TK,
                     projectors_TK,
@@ -75,7 +80,7 @@ class TritonKernel(PlainKernel):
                     num_projectors,
                     ACCUMULATE=_TL_DTYPES[scores_TKh.dtype],
                     TILE_E=tile_E,
-                    TILE_V=tile_V,
+                    **tiles,
                 )
         return pooled_TEV
 
@@ -85,9 +90,10 @@ class TritonKernel(PlainKernel):
         """See :class:`ultramem_ds.kernels.base.Kernel`."""
         num_bags, width = offsets_B1.numel() - 1, values_RV.shape[1]
         pooled_BV = values_RV.new_empty(num_bags, width)
+        tiles = _tiles("pool_ragged_program", width, values_RV.device)
         if num_bags > 0:
             with torch.cuda.device_of(values_RV):
-                pool_ragged_program[(num_bags, triton.cdiv(width, _tile(width)))](
+                pool_ragged_program[(num_bags, triton.cdiv(width, tiles["TILE_V"]))](
                     values_RV,
                     rows_M,
                     offsets_B1,
@@ -97,7 +103,7 @@ class TritonKernel(PlainKernel):
                     width // scores_Mh.shape[1],
                     scores_Mh.shape[1],
                     ACCUMULATE=_TL_DTYPES[scores_Mh.dtype],
-                    TILE_V=_tile(width),
+                    **tiles,
                 )
         return pooled_BV
 
@@ -129,10 +135,11 @@ class TritonKernel(PlainKernel):
         sorted_M, order_M = torch.sort(rows_M, stable=True)
         num_runs = triton.cdiv(num_entries, RUN)
         partials = scores_Mh.new_empty(2 * num_runs, width)
-        grid = (num_runs, triton.cdiv(width, _tile(width)))
-        tiling = {"ACCUMULATE": _TL_DTYPES[scores_Mh.dtype], "TILE_V": _tile(width), "RUN": RUN}
+        constants = {"ACCUMULATE": _TL_DTYPES[scores_Mh.dtype], "RUN": RUN}
+        runs = _tiles("row_runs_program", width, grad_BV.device)
+        joins = _tiles("join_runs_program", width, grad_BV.device)
         with torch.cuda.device_of(grad_BV):
-            row_runs_program[grid](
+            row_runs_program[(num_runs, triton.cdiv(width, runs["TILE_V"]))](
                 sorted_M,
                 order_M,
                 bags_M,
@@ -144,10 +151,11 @@ class TritonKernel(PlainKernel):
                 width,
                 width // num_cores,
                 num_cores,
-                **tiling,
+                **constants,
+                **runs,
             )
-            join_runs_program[grid](
-                sorted_M, partials, grad_values_RV, num_entries, width, **tiling
+            join_runs_program[(num_runs, triton.cdiv(width, joins["TILE_V"]))](
+                sorted_M, partials, grad_values_RV, num_entries, width, **constants, **joins
             )
 
     def add_rows_(self, target_RV: Tensor, rows_M: Tensor, values_MV: Tensor) -> None:
@@ -172,8 +180,9 @@ class TritonKernel(PlainKernel):
         num_listed, width = grad_UV.shape
         if num_listed == 0:
             return
+        tiles = _tiles("row_adam_program", width, values_RV.device)
         with torch.cuda.device_of(values_RV):
-            row_adam_program[(num_listed, triton.cdiv(width, _tile(width)))](
+            row_adam_program[(num_listed, triton.cdiv(width, tiles["TILE_V"]))](
                 rows_U,
                 grad_UV,
                 values_RV,
@@ -187,8 +196,18 @@ class TritonKernel(PlainKernel):
                 step.beta1,
                 step.beta2,
                 step.eps,
-                TILE_V=_tile(width),
+                **tiles,
             )
+
+    def finds_rows(self, weight: Tensor) -> bool:
+        """In three launches, in fp32 and bf16."""
+        return weight.dtype in DTYPES
+
+    def find_rows(
+        self, finder: RowFinder, x_TD: Tensor, state_TCD: Tensor | None, begins_T: Tensor | None
+    ) -> FoundRows:
+        """See :class:`ultramem_ds.kernels.base.Kernel`."""
+        return find_rows(finder, x_TD, state_TCD, begins_T)
 
     def entry_dots(
         self, grad_BV: Tensor, values_RV: Tensor, rows_M: Tensor, bags_M: Tensor, num_cores: int
@@ -196,6 +215,7 @@ class TritonKernel(PlainKernel):
         """See :class:`ultramem_ds.kernels.base.Kernel`."""
         width, dtype = values_RV.shape[1], accumulation_dtype(values_RV.dtype)
         dots_Mh = values_RV.new_empty(rows_M.numel(), num_cores, dtype=dtype)
+        tiles = _tiles("entry_dots_program", width // num_cores, values_RV.device)
         if rows_M.numel() > 0:
             with torch.cuda.device_of(values_RV):
                 entry_dots_program[(rows_M.numel(), num_cores)](
@@ -208,7 +228,7 @@ class TritonKernel(PlainKernel):
                     width // num_cores,
                     num_cores,
                     ACCUMULATE=_TL_DTYPES[dtype],
-                    TILE_C=_tile(width // num_cores),
+                    **tiles,
                 )
         return dots_Mh
 
@@ -227,9 +247,10 @@ class TritonAtomicKernel(TritonKernel):
         grad_values_RV: Tensor,
     ) -> None:
         width, num_cores = grad_BV.shape[1], scores_Mh.shape[1]
+        tiles = _tiles("row_backward_atomic_program", width, grad_BV.device)
         if rows_M.numel() > 0:
             with torch.cuda.device_of(grad_BV):
-                row_backward_atomic_program[(rows_M.numel(), triton.cdiv(width, _tile(width)))](
+                row_backward_atomic_program[(rows_M.numel(), triton.cdiv(width, tiles["TILE_V"]))](
                     rows_M,
                     bags_M,
                     scores_Mh,
@@ -239,5 +260,5 @@ class TritonAtomicKernel(TritonKernel):
                     width // num_cores,
                     num_cores,
                     ACCUMULATE=_TL_DTYPES[scores_Mh.dtype],
-                    TILE_V=_tile(width),
+                    **tiles,
                 )

@@ -56,16 +56,16 @@ def pool_ragged_program(
 def entry_dots_program(
     values, rows, bags, grad, dots,
     V, C, h,
-    ACCUMULATE: tl.constexpr, TILE_C: tl.constexpr,
+    ACCUMULATE: tl.constexpr, TILE_V: tl.constexpr,
 ):  # fmt: skip
     """Program (m, core): dot product of the entry's row and its bag's gradient on that core."""
     entry = tl.program_id(0).to(tl.int64)
     core = tl.program_id(1)
     row = tl.load(rows + entry)
     bag = tl.load(bags + entry)
-    products = tl.zeros((TILE_C,), dtype=ACCUMULATE)
-    for first in range(0, C, TILE_C):
-        within = first + tl.arange(0, TILE_C)
+    products = tl.zeros((TILE_V,), dtype=ACCUMULATE)
+    for first in range(0, C, TILE_V):
+        within = first + tl.arange(0, TILE_V)
         columns = core * C + within
         value = tl.load(values + row * V + columns, mask=within < C, other=0.0).to(ACCUMULATE)
         bag_grad = tl.load(grad + bag * V + columns, mask=within < C, other=0.0).to(ACCUMULATE)

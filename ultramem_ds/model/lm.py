@@ -61,7 +61,7 @@ class DecodeState(Protocol):
             index: of ``conv``.
             inputs_BSD: the convolution's inputs of this forward.
             state_BCD: its last kernel - 1 inputs, those before this forward included; None
-                without a convolution.
+                without a convolution. A step of one token may have written it over ``conv[index]``.
         """
         ...
 

@@ -74,7 +74,7 @@ class BijectionShuffle(nn.Module):
         """Use these round functions, ``(rounds, n)`` int64, not those that the seed gives."""
         self._rounds = {rounds.device: rounds}
 
-    def _tables(self, device: torch.device) -> Tensor:
+    def tables(self, device: torch.device) -> Tensor:
         """Round functions (rounds, n), made once by the CPU generator, copied once per device."""
         if device not in self._rounds:
             known = next(iter(self._rounds.values()), None)
@@ -84,7 +84,7 @@ class BijectionShuffle(nn.Module):
 
     def forward(self, slots: Tensor) -> Tensor:
         """Map virtual slot ids (any shape, int64) to permuted ids."""
-        return resolve(self.kernel, slots.device).shuffle(slots, self._tables(slots.device))
+        return resolve(self.kernel, slots.device).shuffle(slots, self.tables(slots.device))
 
 
 def build_shuffle(memory: MemoryConfig, table_index: int) -> nn.Module:

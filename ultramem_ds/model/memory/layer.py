@@ -9,7 +9,9 @@ module's direct parameters are gathered around its forward, and the table must n
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +25,20 @@ from ultramem_ds.model.memory.stats import NO_STATS, Observer
 from ultramem_ds.model.roles import tag
 
 # B sequences, S sequence length, T = B*S tokens, D hidden, E expansion, V value width.
+
+
+class Located(NamedTuple):
+    """What a memory layer looks up for each token, and with which weights."""
+
+    selection: Selection
+    permuted_TK: Tensor  # slots after the shuffle, int64
+    rows_TK: Tensor  # physical rows, int64
+    projectors_TK: Tensor  # int64
+
+
+# Hidden states (B, S, D), document boundaries (B, S) or None, convolution state or None, and on how
+# many tokens to diagnose the search -> what is looked up. May move the state on in place.
+Locate: TypeAlias = Callable[[Tensor, Tensor | None, Tensor | None, int], Located]
 
 
 @dataclass(frozen=True)
@@ -72,6 +88,7 @@ class MemoryLayer(nn.Module):
         self.lookup: Lookup = LocalLookup(self.values, memory.expansion, memory.kernel)
         self.value_proj = _value_projection(model, memory) if memory.value_proj else nn.Identity()
         self.dropout = nn.Dropout(model.dropout)
+        self.locate: Locate = self.retrieve_and_split  # infer/ may put a faster one here
         self.observer: Observer = NO_STATS  # of training forwards; see ``stats.StatsWindow``
 
     def mark_stale(self) -> None:
@@ -95,12 +112,23 @@ class MemoryLayer(nn.Module):
             What ``finish`` needs; also carries ``aux_loss`` and the new ``conv_state``.
         """
         recall_tokens = self._observer().recall_tokens
+        located = self.locate(x_BSD, doc_boundaries_BS, conv_state, recall_tokens)
+        selection, permuted_TK, rows_TK, projectors_TK = located
+        lookup = self.lookup.start(rows_TK, projectors_TK, selection.scores_TKh)
+        return PendingMemory(lookup, selection, permuted_TK, rows_TK, x_BSD.shape)
+
+    def retrieve_and_split(
+        self,
+        x_BSD: Tensor,
+        doc_boundaries_BS: Tensor | None,
+        conv_state: Tensor | None,
+        recall_tokens: int,
+    ) -> Located:
+        """See ``Locate``; leaves the state that it is given as it is."""
         selection: Selection = self.retrieval(x_BSD, doc_boundaries_BS, conv_state, recall_tokens)
         permuted_TK = self.shuffle(selection.slots_TK)
         kernel = resolve(self.kernel, permuted_TK.device)
-        rows_TK, projectors_TK = kernel.split(permuted_TK, self.num_rows)
-        lookup = self.lookup.start(rows_TK, projectors_TK, selection.scores_TKh)
-        return PendingMemory(lookup, selection, permuted_TK, rows_TK, x_BSD.shape)
+        return Located(selection, permuted_TK, *kernel.split(permuted_TK, self.num_rows))
 
     def finish(self, pending: PendingMemory, residual_BSD: Tensor | None = None) -> Tensor:
         """Wait and project: the (B, S, D) output to add to the residual stream, after dropout.

@@ -37,6 +37,11 @@ class ProductKey(nn.Module):
         super().__init__()
         self.register_buffer("directions", torch.ones(2, memory.num_heads, 1))
 
+    @property
+    def is_fresh(self) -> bool:
+        """Whether ``directions`` are those of the current cores: there are none."""
+        return True
+
     def mark_stale(self) -> None:
         """Nothing is cached."""
 
@@ -86,6 +91,11 @@ class TuckerCore(nn.Module):
         self._current = self._core_version()
         return vectors_2Hrr
 
+    @property
+    def is_fresh(self) -> bool:
+        """Whether ``directions`` are known to be those of the current cores."""
+        return self._current == self._core_version()
+
     def _core_version(self) -> int:
         return 0 if self.core.is_inference() else self.core._version
 
@@ -95,7 +105,7 @@ class TuckerCore(nn.Module):
         core_hHrr = self.core.clone()
         core_hHrr = core_hHrr.to(torch.promote_types(core_hHrr.dtype, torch.float32))
         total_Hrr = core_hHrr.sum(0)
-        if self._current != self._core_version() or self.directions.dtype != total_Hrr.dtype:
+        if not self.is_fresh or self.directions.dtype != total_Hrr.dtype:
             vectors_2Hrr = self._decompose(total_Hrr.detach())
             fresh = leading_pair(vectors_2Hrr, self.directions.to(vectors_2Hrr))
             self.directions = fresh.to(total_Hrr.dtype)
