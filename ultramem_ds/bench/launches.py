@@ -2,12 +2,15 @@
 
 Every operator that a step gives to the device is noted with the bytes that it reads and writes and
 its products; views and allocations launch nothing. A GPU runs at least one kernel per operator
-(a top-m runs two), so the number is from below. Two things are noted as the GPU does them rather
-than as torch's meta device would: the lookup is one Triton program, attention one fused kernel.
+(a top-m runs two), so the number is from below. Three things are noted as the GPU does them rather
+than as torch's meta device would: a retrieval is two Triton programs and its query projection, the
+lookup one, attention one fused kernel.
 """
 
 from __future__ import annotations
 
+import contextlib
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -15,6 +18,7 @@ from typing import Any
 from unittest import mock
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -27,7 +31,9 @@ from ultramem_ds.bench.decode_models import (
 )
 from ultramem_ds.config.schema import Config
 from ultramem_ds.infer.prepare import prepare_for_decoding
+from ultramem_ds.kernels.finding import FoundRows, RowFinder
 from ultramem_ds.kernels.reference import ReferenceKernel
+from ultramem_ds.kernels.tiles import power_of_two
 from ultramem_ds.model.lm import LanguageModel
 from ultramem_ds.model.memory.scores import ScoreForm, TuckerCore
 
@@ -114,6 +120,8 @@ class _KnownDirections(nn.Module):
         self.core = form.core
         self.directions = form.directions
 
+    is_fresh = True
+
     def forward(self) -> ScoreForm:
         """The same launches as ``TuckerCore``."""
         core_hHrr = self.core.clone().float()
@@ -133,8 +141,9 @@ def build_dry(config: Config) -> LanguageModel:
         if isinstance(memory.retrieval.form, TuckerCore):
             form = _KnownDirections(memory.retrieval.form)
             memory.retrieval.add_module("form", form)
-    prepare_for_decoding(model)
-    with torch.no_grad():  # derives the search keys, as the first step of a run does
+    with _as_on_a_gpu(_Watch(0.0)):
+        prepare_for_decoding(model)
+    with torch.no_grad(), _as_on_a_gpu(_Watch(0.0)):  # derives the search keys, as the first step of a run does
         _step(model, 1, "none")()
     return model
 
@@ -157,6 +166,14 @@ def count_launches(
         touched_experts: distinct ones that a step reads per layer.
     """
     watch, step = _Watch(touched_experts), _step(model, batch, kv_mode)
+    with torch.no_grad(), _as_on_a_gpu(watch), watch:
+        step()
+    return watch.launches
+
+
+@contextlib.contextmanager
+def _as_on_a_gpu(watch: _Watch) -> Iterator[None]:
+    """Operators that one kernel does there are noted as one, and give memory without a value."""
 
     def lookup(kernel: ReferenceKernel, *args: Any) -> Tensor:
         return _lookup(watch, *args)
@@ -164,14 +181,54 @@ def count_launches(
     def attend(kernel: ReferenceKernel, *args: Any) -> Tensor:
         return _attend(watch, *args)
 
-    with (
-        torch.no_grad(),
-        mock.patch.object(ReferenceKernel, "lookup", lookup),
-        mock.patch.object(ReferenceKernel, "attend", attend),
-        watch,
-    ):
-        step()
-    return watch.launches
+    def finds_rows(kernel: ReferenceKernel, weight: Tensor) -> bool:
+        return True
+
+    def find_rows(kernel: ReferenceKernel, *args: Any) -> FoundRows:
+        return _find_rows(watch, *args)
+
+    with contextlib.ExitStack() as patches:
+        for operator in (lookup, attend, finds_rows, find_rows):
+            patches.enter_context(
+                mock.patch.object(ReferenceKernel, operator.__name__, operator)
+            )
+        yield
+
+
+def _find_rows(
+    watch: _Watch, finder: RowFinder, x_TD: Tensor, state_TCD: Tensor | None, begins_T: None
+) -> FoundRows:
+    """The query projection, by torch where there is no convolution, and two programs."""
+    num_tokens = x_TD.shape[0]
+    _, num_heads, num_keys, rank, width = finder.keys_2Hnrd.shape
+    if finder.conv_kD is None or state_TCD is None:
+        queries_TO = F.linear(x_TD, finder.proj_OD)
+    else:
+        queries_TO = x_TD.new_empty(num_tokens, finder.proj_OD.shape[0])
+        read = (x_TD, state_TCD, finder.conv_kD, finder.proj_OD, queries_TO)
+        flops = 2.0 * num_tokens * finder.proj_OD.numel()
+        num_bytes = sum(map(_num_bytes, read))
+        watch.launches.append(Launch("convolve_project_program", num_bytes, flops))
+    shape = (num_tokens, num_heads * finder.top_m)
+    found = FoundRows(
+        *torch.empty(4, *shape, dtype=torch.int64, device=META).unbind(0),
+        torch.empty(*shape, _num_cores(finder), dtype=torch.float32, device=META),
+    )
+    # A block of 64 keys leaves its best behind, 8 bytes each.
+    best = power_of_two(finder.top_m, 2)
+    ranked_bytes = 8 * num_tokens * 2 * num_heads * math.ceil(num_keys / max(64, best)) * best
+    num_bytes = sum(map(_num_bytes, (queries_TO, finder.search_2Hnsd))) + ranked_bytes
+    flops = 2.0 * num_tokens * finder.search_2Hnsd.numel()
+    watch.launches.append(Launch("search_program", num_bytes, flops))
+    gathered = num_tokens * 2 * num_heads * finder.top_m * rank * width
+    num_bytes = ranked_bytes + gathered * finder.keys_2Hnrd.element_size()
+    num_bytes += sum(map(_num_bytes, (queries_TO, *found)))
+    watch.launches.append(Launch("select_program", num_bytes))
+    return found
+
+
+def _num_cores(finder: RowFinder) -> int:
+    return 1 if finder.core_hHrr is None else finder.core_hHrr.shape[0]
 
 
 def _lookup(

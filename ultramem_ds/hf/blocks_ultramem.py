@@ -66,8 +66,9 @@ class UltraMemAttention(nn.Module):
         """Attend causally."""
         B, S, _ = x_BSD.shape
         qkv = self.qkv_proj(x_BSD).view(B, S, 3, -1, self.head_dim)
-        q_BASK, k_BASK, v_BASK = qkv.permute(2, 0, 3, 1, 4).unbind(0)
-        q_BASK, k_BASK = rotate(q_BASK, *rotary), rotate(k_BASK, *rotary)
+        qkv_3BASK = qkv.permute(2, 0, 3, 1, 4)
+        q_BASK, k_BASK = rotate(qkv_3BASK[:2], *rotary).unbind(0)
+        v_BASK = qkv_3BASK[2]
         if past_key_values is not None:
             k_BASK, v_BASK = past_key_values.update(k_BASK, v_BASK, self.layer_idx)
         attend: Callable[..., Any] = ALL_ATTENTION_FUNCTIONS.get_interface(

@@ -15,14 +15,50 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ultramem_ds.kernels.tiles import Settings, settings
+
 # Compute capabilities of A100, H100 and H200, B200; and an MI300.
 TARGETS = {"sm_80": ("cuda", 80, 32), "sm_90": ("cuda", 90, 32), "sm_100": ("cuda", 100, 32)}
 AMD_TARGETS = {"gfx942": ("hip", "gfx942", 64)}
 
 # Arguments by name: the rest are numbers.
+_TABLE = ("values", "pooled", "grad")
+_BF16 = ("x", "state", "taps", "proj", "queries", "norm_weight", "search", "keys")
 _IDS = ("rows", "projectors", "offsets", "bags", "sorted_rows", "order")
-_FP32 = ("scores", "dots", "grad_values", "partials", "exp_avg", "exp_avg_sq")
+_IDS += ("groups", "candidates", "rounds", "permutation", "slots")
+_FP32 = ("scores", "dots", "grad_values", "partials", "exp_avg", "exp_avg_sq", "cores")
 _SCALARS = ("grad_scale", "step_size", "root_correction", "decay", "beta1", "beta2", "eps")
+# Numbers that 16 divides for the shapes below, as a launch would find out.
+_MULTIPLES = ("V", "C", "D", "O", "d", "state_stride_t", "state_stride_c")
+
+
+@dataclass(frozen=True)
+class Case:
+    """One program at one of the paper's shapes.
+
+    Attributes:
+        function: Triton's.
+        shape: in the words of the table of tiles.
+        constants: but for what that table gives.
+        types: of arguments that are not numbers.
+        limits: tiles are no larger than what covers these.
+    """
+
+    function: Any
+    shape: str
+    constants: dict[str, Any]
+    types: dict[str, str]
+    limits: dict[str, int]
+
+    @property
+    def program(self) -> str:
+        """Its name in the table of tiles."""
+        return str(self.function.__name__)
+
+    @property
+    def label(self) -> str:
+        """For people."""
+        return f"{self.program}, {self.shape}"
 
 
 @dataclass(frozen=True)
@@ -30,7 +66,7 @@ class Code:
     """What one kernel's code needs on one target.
 
     Attributes:
-        kernel: its name.
+        kernel: its name and shape.
         target: e.g. ``sm_90``.
         registers: per thread.
         spilled: bytes (CUDA: of local memory; AMD: registers) per thread; 0 is what one wants.
@@ -46,48 +82,80 @@ class Code:
     code_bytes: int
 
 
-def kernels(table_dtype: str = "bf16") -> Iterator[tuple[Any, dict[str, Any], dict[str, str]]]:
-    """Each kernel with its constants and argument types, for V = 512, h = 2, E = 4."""
+def cases(table_dtype: str = "bf16") -> Iterator[Case]:
+    """Each program: V = 512, h = 2, E = 4; retrievals of 151M (m 16) and 1.6B (m 42) models."""
     import triton.language as tl
 
+    from ultramem_ds.kernels import triton_finding_programs as finding
     from ultramem_ds.kernels import triton_programs as programs
     from ultramem_ds.kernels.triton import RUN
 
-    table = dict.fromkeys(("values", "pooled", "grad"), f"*{table_dtype}")
-    types = table | dict.fromkeys(_FP32, "*fp32") | dict.fromkeys(_IDS, "*i64")
-    types |= dict.fromkeys(_SCALARS, "fp32")
-    tile: dict[str, Any] = {"ACCUMULATE": tl.float32, "TILE_V": 512}
-    run = {**tile, "RUN": RUN}
-    yield programs.pool_rectangular_program, {**tile, "TILE_E": 4}, types
-    yield programs.pool_ragged_program, tile, types
-    yield programs.entry_dots_program, {"ACCUMULATE": tl.float32, "TILE_C": 256}, types
-    yield programs.row_runs_program, run, types
-    yield programs.join_runs_program, run, types
-    yield programs.row_backward_atomic_program, tile, types
-    yield programs.row_adam_program, {"TILE_V": 512}, types | {"grad": "*fp32"}
+    types = dict.fromkeys(_TABLE, f"*{table_dtype}") | dict.fromkeys(_BF16, "*bf16")
+    types |= dict.fromkeys(_FP32, "*fp32") | dict.fromkeys(_IDS, "*i64")
+    types |= dict.fromkeys(_SCALARS, "fp32") | {"begins": "*i1"}
+    fp32 = {"ACCUMULATE": tl.float32}
+    wide, run = {"TILE_V": 512}, {**fp32, "RUN": RUN}
+    yield Case(programs.pool_rectangular_program, "V512", {**fp32, "TILE_E": 4}, types, wide)
+    yield Case(programs.pool_ragged_program, "V512", fp32, types, wide)
+    yield Case(programs.entry_dots_program, "V256", fp32, types, {"TILE_V": 256})
+    yield Case(programs.row_runs_program, "V512", run, types, wide)
+    yield Case(programs.join_runs_program, "V512", run, types, wide)
+    yield Case(programs.row_backward_atomic_program, "V512", fp32, types, wide)
+    yield Case(programs.row_adam_program, "V512", {}, types | {"grad": "*fp32"}, wide)
+    for tokens in (1, 16):
+        conv = {"REACH": 3, "HAS_BEGINS": False, "begins": None, "TILE_T": tokens}
+        yield Case(finding.convolve_project_program, f"T{tokens} D1024", conv, types, {})
+        for width, best, keys in ((256, 16, 2200), (512, 64, 3584)):
+            search = {"NORM": "layernorm", "DIRECTIONS": 1, "M": best, "TILE_T": tokens}
+            shape = f"T{tokens} d{width} m{best}"
+            yield Case(finding.search_program, shape, search, types, {"TILE_N": keys})
+    layer = {"REACH": 3, "ROUNDS": 4, "PERMUTED": False, "permutation": None}
+    tucker = {"NORM": "layernorm", "HAS_CORES": True, "SOFTMAX": False, "RANKS": 2} | layer
+    yield Case(finding.select_program, "d256 m16", {**tucker, "M": 16}, types, {"CHUNK": 1024})
+    yield Case(finding.select_program, "d512 m64", {**tucker, "M": 64}, types, {"CHUNK": 2048})
+    nothing = ("norm_weight", "cores", "permutation", "x", "state")
+    product = {"NORM": "none", "HAS_CORES": False, "SOFTMAX": True, "RANKS": 1} | layer
+    product |= {"REACH": 0, "M": 64, **dict.fromkeys(nothing)}
+    yield Case(finding.select_program, "d1024 m64", product, types, {"CHUNK": 2048})
 
 
 def compile_for(target: str) -> Iterator[Code]:
-    """Compile all kernels for one of ``TARGETS`` or ``AMD_TARGETS``."""
+    """Compile all programs for one of ``TARGETS`` or ``AMD_TARGETS``, with the table's tiles."""
+    for case in cases():
+        yield compile_case(case, target, settings(case.program, case.shape, target))
+
+
+def compile_case(case: Case, target: str, tiles: Settings) -> Code:
+    """Compile one program with these tiles, warps and stages."""
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource, compile
 
-    for function, constants, types in kernels():
-        signature = {
-            name: "constexpr" if name in constants else types.get(name, "i32")
-            for name in function.arg_names
-        }
-        source = ASTSource(function, signature, constexprs=constants)
-        compiled = compile(source, target=GPUTarget(*{**TARGETS, **AMD_TARGETS}[target]))
-        name = function.__name__
-        shared = compiled.metadata.shared
-        if target in TARGETS:
-            binary = compiled.asm["cubin"]
-            registers, spilled = _cuda_usage(binary)
-        else:
-            binary = compiled.asm["hsaco"]
-            registers, spilled = _amd_usage(compiled.asm["amdgcn"])
-        yield Code(name, target, registers, spilled, shared, len(binary))
+    options = {name: size for name, size in tiles.items() if name.startswith("num_")}
+    constants = case.constants | {
+        name: min(size, case.limits.get(name, size))
+        for name, size in tiles.items()
+        if name not in options
+    }
+    names = case.function.arg_names
+    signature = {
+        name: "constexpr" if name in constants else case.types.get(name, "i32") for name in names
+    }
+    aligned = {
+        (i,): [["tt.divisibility", 16]]
+        for i, name in enumerate(names)
+        if signature[name].startswith("*") or (name in _MULTIPLES and signature[name] == "i32")
+    }
+    source = ASTSource(case.function, signature, constexprs=constants, attrs=aligned)
+    gpu = GPUTarget(*{**TARGETS, **AMD_TARGETS}[target])
+    compiled = compile(source, target=gpu, options=options)
+    shared = compiled.metadata.shared
+    if target in TARGETS:
+        binary = compiled.asm["cubin"]
+        registers, spilled = _cuda_usage(binary)
+    else:
+        binary = compiled.asm["hsaco"]
+        registers, spilled = _amd_usage(compiled.asm["amdgcn"])
+    return Code(case.label, target, registers, spilled, shared, len(binary))
 
 
 def _cuda_usage(cubin: bytes) -> tuple[int, int]:
