@@ -143,7 +143,10 @@ def build_dry(config: Config) -> LanguageModel:
             memory.retrieval.add_module("form", form)
     with _as_on_a_gpu(_Watch(0.0)):
         prepare_for_decoding(model)
-    with torch.no_grad(), _as_on_a_gpu(_Watch(0.0)):  # derives the search keys, as the first step of a run does
+    with (
+        torch.no_grad(),
+        _as_on_a_gpu(_Watch(0.0)),
+    ):  # derives the search keys, as the first step of a run does
         _step(model, 1, "none")()
     return model
 
@@ -189,9 +192,7 @@ def _as_on_a_gpu(watch: _Watch) -> Iterator[None]:
 
     with contextlib.ExitStack() as patches:
         for operator in (lookup, attend, finds_rows, find_rows):
-            patches.enter_context(
-                mock.patch.object(ReferenceKernel, operator.__name__, operator)
-            )
+            patches.enter_context(mock.patch.object(ReferenceKernel, operator.__name__, operator))
         yield
 
 
@@ -210,8 +211,14 @@ def _find_rows(
         num_bytes = sum(map(_num_bytes, read))
         watch.launches.append(Launch("convolve_project_program", num_bytes, flops))
     shape = (num_tokens, num_heads * finder.top_m)
+    slots, permuted, rows, projectors = torch.empty(
+        4, *shape, dtype=torch.int64, device=META
+    ).unbind(0)
     found = FoundRows(
-        *torch.empty(4, *shape, dtype=torch.int64, device=META).unbind(0),
+        slots,
+        permuted,
+        rows,
+        projectors,
         torch.empty(*shape, _num_cores(finder), dtype=torch.float32, device=META),
     )
     # A block of 64 keys leaves its best behind, 8 bytes each.

@@ -70,9 +70,9 @@ class FusedLocate:
         form = self._current_form()
         keys_2Hnrd, search = retrieval.keys(form.directions_2Hr)
         finder = self._finder
-        if finder is not None and finder.search_2Hnsd is search:
-            if finder.core_hHrr is form.core_hHrr:
-                return finder
+        known = finder is not None and finder.search_2Hnsd is search
+        if finder is not None and known and finder.core_hHrr is form.core_hHrr:
+            return finder
         query, shuffle = retrieval.query, self._layer.shuffle
         norm, norm_d, eps = _norm(query.norm)
         self._finder = RowFinder(
@@ -98,9 +98,10 @@ class FusedLocate:
         form = self._layer.retrieval.form
         cores = list(form.parameters())
         known = self._form
-        if known is not None and form.is_fresh and known.directions_2Hr is form.directions:
-            if all(seen.matches(core) for seen, core in zip(self._cores, cores)):
-                return known
+        same = all(seen.matches(core) for seen, core in zip(self._cores, cores))
+        fresh = same and form.is_fresh
+        if known is not None and fresh and known.directions_2Hr is form.directions:
+            return known
         self._form = form()
         self._cores = tuple(Fingerprint(core) for core in cores)
         return self._form

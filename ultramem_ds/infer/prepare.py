@@ -22,7 +22,7 @@ def prepare_for_decoding(
 
     Mixtures of experts get grouped products, which read the chosen experts only. Where the device's
     kernel gains by it (``Kernel.packs``: fp32 on a CPU), linear maps and the memory's search keys
-    are packed too; where it fuses a memory layer's retrieval (``Kernel.finds_rows``: Triton), decode
+    are packed too. Where it fuses a memory layer's retrieval (``Kernel.finds_rows``: Triton), decode
     steps take that.
 
     Args:

@@ -24,12 +24,15 @@ AMD_TARGETS = {"gfx942": ("hip", "gfx942", 64)}
 # Arguments by name: the rest are numbers.
 _TABLE = ("values", "pooled", "grad")
 _BF16 = ("x", "state", "taps", "proj", "queries", "norm_weight", "search", "keys")
-_IDS = ("rows", "projectors", "offsets", "bags", "sorted_rows", "order")
-_IDS += ("groups", "candidates", "rounds", "permutation", "slots")
+_IDS = (
+    *("rows", "projectors", "offsets", "bags", "sorted_rows", "order"),
+    *("groups", "candidates", "rounds", "permutation", "slots"),
+)
 _FP32 = ("scores", "dots", "grad_values", "partials", "exp_avg", "exp_avg_sq", "cores")
 _SCALARS = ("grad_scale", "step_size", "root_correction", "decay", "beta1", "beta2", "eps")
+TILES = {"TILE_V", "TILE_O", "TILE_N", "TILE_D", "CHUNK"}  # of the table of tiles
 # Numbers that 16 divides for the shapes below, as a launch would find out.
-_MULTIPLES = ("V", "C", "D", "O", "d", "state_stride_t", "state_stride_c")
+_MULTIPLES = ("V", "C", "D", "num_outputs", "d", "state_stride_t", "state_stride_c")
 
 
 @dataclass(frozen=True)

@@ -74,12 +74,29 @@ def forced(program: str, settings: Settings) -> Iterator[None]:
         del _forced[program]
 
 
+_noted: dict[str, str] | None = None
+
+
+@contextlib.contextmanager
+def noting() -> Iterator[dict[str, str]]:
+    """The programs that ask meanwhile, and at which shape."""
+    global _noted
+    noted: dict[str, str] = {}
+    _noted = noted
+    try:
+        yield noted
+    finally:
+        _noted = None
+
+
 def settings(program: str, shape: str, gpu: str) -> Settings:
     """What the table says of a program, see :class:`Row`.
 
     Raises:
         LookupError: nothing, not even for any GPU.
     """
+    if _noted is not None:
+        _noted[program] = shape
     if program in _forced:
         return _forced[program]
     return _look_up(program, shape, gpu)

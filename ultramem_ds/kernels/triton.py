@@ -17,8 +17,8 @@ import triton.language as tl
 from torch import Tensor
 
 from ultramem_ds.kernels.base import accumulation_dtype
-from ultramem_ds.kernels.plain import PlainKernel
 from ultramem_ds.kernels.finding import FoundRows, RowFinder
+from ultramem_ds.kernels.plain import PlainKernel
 from ultramem_ds.kernels.row_adam import AdamStep
 from ultramem_ds.kernels.tiles import Settings, gpu_name, power_of_two, settings
 from ultramem_ds.kernels.triton_finding import DTYPES, find_rows

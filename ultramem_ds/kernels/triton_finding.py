@@ -41,7 +41,8 @@ def find_rows(
     shape = (num_tokens, num_heads * top_m)
     placed = torch.empty(4, *shape, dtype=torch.int64, device=x_TD.device)
     scores_TKh = torch.empty(*shape, num_cores, dtype=torch.float32, device=x_TD.device)
-    found = FoundRows(*placed.unbind(0), scores_TKh)
+    slots_TK, permuted_TK, rows_TK, projectors_TK = placed.unbind(0)
+    found = FoundRows(slots_TK, permuted_TK, rows_TK, projectors_TK, scores_TKh)
     if num_tokens == 0:
         return found
     queries_TO = _queries(finder, x_TD, state_TCD, begins_T)

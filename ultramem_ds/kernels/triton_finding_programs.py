@@ -86,7 +86,7 @@ def normalised(
 @triton.jit
 def convolve_project_program(
     x, state, taps, begins, proj, queries,
-    T, D, O, state_stride_t, state_stride_c,
+    T, D, num_outputs, state_stride_t, state_stride_c,
     REACH: tl.constexpr, HAS_BEGINS: tl.constexpr,
     TILE_T: tl.constexpr, TILE_O: tl.constexpr, TILE_D: tl.constexpr,
 ):  # fmt: skip
@@ -111,11 +111,11 @@ def convolve_project_program(
             past = tl.load(place, mask=kept[:, None] & in_row[None, :], other=0.0)
             tap = tl.load(taps + c * D + columns, mask=in_row, other=0.0).to(tl.float32)
             total += past.to(tl.float32) * tap[None, :]
-        weight_mask = (output < O)[:, None] & in_row[None, :]
+        weight_mask = (output < num_outputs)[:, None] & in_row[None, :]
         weights = tl.load(proj + output[:, None] * D + columns[None, :], weight_mask, other=0.0)
         sums = products(total.to(own.dtype), weights, sums)
-    target = queries + token[:, None] * O + output[None, :]
-    out_mask = in_batch[:, None] & (output < O)[None, :]
+    target = queries + token[:, None] * num_outputs + output[None, :]
+    out_mask = in_batch[:, None] & (output < num_outputs)[None, :]
     tl.store(target, sums.to(queries.dtype.element_ty), mask=out_mask)
 
 
@@ -234,9 +234,10 @@ def select_program(
         queries, norm_weight, eps, groups + head * r, lists_of_keys, row_index, d, r,
         NORM, RANKS, TILE_D,
     )  # fmt: skip
+    behind = tl.num_programs(1).to(tl.int64) * n * r * d  # keys of the columns
     cols = exact(
-        queries, norm_weight, eps, groups + (H + head) * r,
-        lists_of_keys + tl.num_programs(1).to(tl.int64) * n * r * d, col_index, d, r, NORM, RANKS, TILE_D,
+        queries, norm_weight, eps, groups + (H + head) * r, lists_of_keys + behind, col_index, d, r,
+        NORM, RANKS, TILE_D,
     )  # fmt: skip
 
     matrix = rank[:, None] * r + rank[None, :]
