@@ -175,6 +175,7 @@ class TrainConfig:
     max_steps: int = 238_418  # optimizer steps of the schedule
     precision: Literal["fp32", "bf16"] = "bf16"
     activation_checkpointing: bool = False  # recompute blocks in backward, never the lookups
+    compile: bool = False  # torch.compile the blocks, not what is between them
     log_every: int = 10  # optimizer steps between console lines
     eval_every: int = 1000  # optimizer steps between validations; 0 = only at the end
     eval_sequences: int = 512  # sequences per validation subset; 0 = all

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from ultramem_ds.config.schema import ModelConfig
 from ultramem_ds.kernels import resolve
+from ultramem_ds.kernels.base import Kernel
 from ultramem_ds.model.roles import tag
 
 
@@ -91,12 +92,17 @@ def make_linear(in_features: int, out_features: int, init: str = "matrix") -> nn
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention with rotary embeddings."""
+    """Multi-head self-attention with rotary embeddings.
+
+    Attributes:
+        kernel: does the attention; None: the device's.
+    """
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.num_heads = config.num_heads
         self.dropout = config.dropout
+        self.kernel: Kernel | None = None
         self.qkv_proj = make_linear(config.hidden_size, 3 * config.hidden_size)
         self.out_proj = make_linear(config.hidden_size, config.hidden_size, init="residual")
 
@@ -115,7 +121,7 @@ class Attention(nn.Module):
         if kv is not None:
             k_BASK, v_BASK = kv.update(k_BASK, v_BASK)
         dropout = self.dropout if self.training else 0.0
-        kernel = resolve("auto", q_BASK.device)
+        kernel = self.kernel or resolve("auto", q_BASK.device)
         out_BASK = kernel.attend(q_BASK, k_BASK, v_BASK, context.mask_BSS, dropout)
         return self.out_proj(out_BASK.transpose(1, 2).reshape(x_BSD.shape))
 

@@ -43,6 +43,7 @@ TABLE: Mapping[Freedom, tuple[str, ...]] = {
         "moe.expert_parallel_size",
         "train.micro_batch_size",
         "train.activation_checkpointing",
+        "train.compile",
         "train.log_every",
         "train.eval_every",
         "train.eval_sequences",

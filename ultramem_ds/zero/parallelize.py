@@ -8,6 +8,7 @@ from typing import Any
 from ultramem_ds.checkpoint.state import OptimizerState, OwnState
 from ultramem_ds.config.deepspeed import offload_device, zero_stage
 from ultramem_ds.config.schema import Config
+from ultramem_ds.model.compiling import compile_blocks
 from ultramem_ds.model.recompute import recompute_blocks
 from ultramem_ds.planning.partition import decide_partition
 from ultramem_ds.sharding.comm import Comm
@@ -63,7 +64,8 @@ def parallelize(
        any number of ranks;
     3. :func:`shard_tables`: this rank's block of each value table becomes its ZeRO-3 partition, and
        each memory layer gets its sharded lookup;
-    4. :func:`recompute_blocks`, if activations are to be checkpointed;
+    4. :func:`compile_blocks`, if they are to be compiled, and :func:`recompute_blocks`, if
+       activations are to be checkpointed;
     5. :func:`start_engine`: optimizer groups by role, then ``deepspeed.initialize``.
 
     ``clock`` is told when a lookup keeps its caller waiting.
@@ -81,6 +83,8 @@ def parallelize(
     if groups is not None:
         on_nvme = offload_device(engine_config) == "nvme"
         tables = shard_tables(model, config, ranks, groups, partition, on_nvme)
+    if config.train.compile:
+        compile_blocks(model)
     if config.train.activation_checkpointing:
         recompute_blocks(model)
     engine = start_engine(model, config, engine_config, tables)
