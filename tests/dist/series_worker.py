@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,8 @@ from ultramem_ds.config.load import load_config
 from ultramem_ds.config.schema import Config
 from ultramem_ds.data.loader import BatchLoader
 from ultramem_ds.data.mixture import Mixture
+from ultramem_ds.model.compiling import compile_blocks
+from ultramem_ds.zero import parallelize
 from ultramem_ds.zero.runtime import Ranks, runtime
 from ultramem_ds.train.engine import TrainEngine
 from ultramem_ds.telemetry.phases import Phases
@@ -40,6 +43,8 @@ def loader_of(config: Config, data: Path, ranks: Ranks, start_step: int = 0) -> 
 def series(job: dict[str, Any], data: Path, ranks: Ranks) -> list[list[float]]:
     """``[loss, grad_norm, grad_norm of the tables or 0]`` per optimizer step."""
     config = load_config(job["preset"], job["overrides"])
+    # Tracing and autograd as with inductor, whose code generation takes minutes.
+    parallelize.compile_blocks = partial(compile_blocks, backend=job.get("backend", "aot_eager"))
     batches = plan_batches(config, ranks.world_size)
     file = Path(job["deepspeed"]) if job.get("deepspeed") else None
     engine = TrainEngine(config, ranks, load_deepspeed_json(file, config.model.kind), batches, Phases())

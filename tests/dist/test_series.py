@@ -92,6 +92,11 @@ for _name in ("dense", "moe", "ultramem"):
 # On prompts with answers, where micro-batches have different numbers of targets.
 for _name in ("dense", "ultramem"):
     JOBS[f"{_name}-answers"] = {**JOBS[_name], "answers": True}
+# Blocks compiled, under ZeRO-1, ZeRO-3 and DeepSpeed's MoE (whose attention it is). A break of the
+# graph inside one is an error.
+for _name, _ranks in (("dense", 1), ("moe", 2), ("ultramem", 2), ("ultramem-recompute", 2)):
+    _compiled = [*JOBS[_name]["overrides"], "train.compile=true"]
+    JOBS[f"{_name}-compiled"] = {**JOBS[_name], "overrides": _compiled, "ranks": [_ranks]}
 for _job in JOBS.values():
     _job["steps"] = STEPS
 

@@ -49,6 +49,8 @@ VARIANTS: dict[str, tuple[str, TableOptimizer]] = {
     "ultramem-row-sparse": ("ultramem", "row-sparse"),
     "ultramem-catch-up": ("ultramem", "row-sparse-catch-up"),
 }
+# The same with ``train.compile``: asked for by name, for compiling takes a minute or more.
+COMPILED = {f"{name}-compiled": VARIANTS[name] for name in ("dense", "moe", "ultramem")}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -114,9 +116,10 @@ class StepBenchConfig:
     def __post_init__(self) -> None:
         if self.shape not in SHAPES:
             raise ValueError(f"--shape {self.shape}: use one of {sorted(SHAPES)}")
-        unknown = [name for name in self.variants if name not in VARIANTS]
+        known = VARIANTS | COMPILED
+        unknown = [name for name in self.variants if name not in known]
         if unknown:
-            raise ValueError(f"--variants {unknown[0]}: use some of {sorted(VARIANTS)}")
+            raise ValueError(f"--variants {unknown[0]}: use some of {sorted(known)}")
         if self.rounds < 2:
             raise ValueError(f"--rounds {self.rounds}: at least 2 are needed for a spread")
 
@@ -191,7 +194,7 @@ def step_configs(bench: StepBenchConfig, knum: int, global_batch_size: int) -> d
     shape = SHAPES[bench.shape]
     configs: dict[str, Config] = {}
     for name in {"ultramem": None, **dict.fromkeys(bench.variants)}:
-        role, table_optimizer = VARIANTS[name]
+        role, table_optimizer = (VARIANTS | COMPILED)[name]
         config = preset(getattr(shape, role))
         model = replace(
             config.model,
@@ -208,10 +211,13 @@ def step_configs(bench: StepBenchConfig, knum: int, global_batch_size: int) -> d
         )
         moe = replace(config.moe, num_experts=shape.num_experts)
         train = replace(
-            config.train, global_batch_size=global_batch_size, precision=bench.precision
+            config.train,
+            global_batch_size=global_batch_size,
+            precision=bench.precision,
+            compile=name in COMPILED,
         )
         configs[name] = replace(config, model=model, memory=memory, moe=moe, train=train)
-    for name in ("plain", "dense"):
+    for name in ("plain", "dense", "dense-compiled"):
         if name in configs:
             configs[name] = equal_flops_dense(configs[name], configs["ultramem"])
     return {name: configs[name] for name in bench.variants}

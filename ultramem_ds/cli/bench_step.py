@@ -44,7 +44,8 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         "--variants",
         type=lambda text: tuple(text.split(",")),
         default=default.variants,
-        help="some of plain, dense, moe, ultramem, ultramem-row-sparse, ultramem-catch-up",
+        help="some of plain, dense, moe, ultramem, ultramem-row-sparse, ultramem-catch-up; "
+        "dense-, moe-, ultramem-compiled",
     )
     parser.add_argument("--precision", choices=("fp32", "bf16"), default=default.precision)
     parser.add_argument("--rounds", type=int, default=default.rounds)

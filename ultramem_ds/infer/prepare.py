@@ -22,8 +22,8 @@ def prepare_for_decoding(
 
     Mixtures of experts get grouped products, which read the chosen experts only. Where the device's
     kernel gains by it (``Kernel.packs``: fp32 on a CPU), linear maps and the memory's search keys
-    are packed too. Where it fuses a memory layer's retrieval (``Kernel.finds_rows``: Triton), decode
-    steps take that.
+    are packed too. Where it fuses a memory layer's retrieval (``Kernel.finds_rows``: Triton), that
+    is what decode steps take.
 
     Args:
         model: whose training ends here: its linear maps are emptied as they are taken over.
