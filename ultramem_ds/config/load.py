@@ -113,11 +113,11 @@ def _set(values: dict[str, Any], key: str, text: str, known: tuple[str, ...]) ->
 
 
 def _parse(text: str) -> Any:
-    """JSON where it is JSON (numbers, true, objects), else the text itself."""
+    """JSON where it is JSON (numbers, true, objects) or Python's constants, else the text itself."""
     try:
         return json.loads(text)
     except json.JSONDecodeError:
-        return {"True": True, "False": False}.get(text, text)
+        return {"True": True, "False": False, "None": None}.get(text, text)
 
 
 def _explain(error: ValidationError) -> str:

@@ -112,7 +112,7 @@ def check_disk(run_dir: Path, needed_bytes: int = 0) -> Iterator[Finding]:
             "disk",
             "fail",
             f"{here} has {free / 1e9:.1f} GB free, checkpoints need {needed_bytes / 1e9:.1f} GB",
-            "free some, lower train.keep_last, or use another --run-dir",
+            "free some, or use another --run-dir",
         )
     elif needed_bytes:
         what = f"{free / 1e9:.1f} GB free on {here}, checkpoints need {needed_bytes / 1e9:.1f} GB"
