@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import resource
+import shlex
 import shutil
 import socket
 import tempfile
@@ -68,7 +69,7 @@ def check_shared_memory(directory: Path = SHM) -> Iterator[Finding]:
             "machine",
             "warn",
             f"{len(stale)} shared-memory segments of dead runs hold {size / 1e6:.0f} MB",
-            f"rm {directory}/{SEGMENTS}",
+            f"rm {shlex.join(map(str, stale))}",  # not those of runs that live
         )
 
 
