@@ -39,10 +39,19 @@ class Claim:
     Attributes:
         words: a part of one message of the package.
         where: its module, where several say the same.
+        whole: the message says nothing else.
     """
 
     words: str
     where: str = ""
+    whole: bool = False
+
+    def span(self, text: str, module: str) -> tuple[int, int] | None:
+        """Where the words stand in a message's text, if they do."""
+        if self.where not in ("", module) or (self.whole and text != self.words):
+            return None
+        at = text.find(self.words)
+        return (at, at + len(self.words)) if at >= 0 else None
 
     def values(self, message: object) -> tuple[str, ...]:
         """What stands in the gaps of a printed message, unquoted; fails if it says something else."""
@@ -57,9 +66,9 @@ class Claim:
 CLAIMS: list[Claim] = []
 
 
-def says(words: str, where: str = "") -> Claim:
+def says(words: str, where: str = "", *, whole: bool = False) -> Claim:
     """Claim a message's advice: the case that holds it follows it."""
-    claim = Claim(words, where)
+    claim = Claim(words, where, whole)
     CLAIMS.append(claim)
     return claim
 

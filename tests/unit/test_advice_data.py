@@ -127,7 +127,7 @@ def _hub_snapshot(told: Told) -> list[str]:
     return told.option("--input", told.values[-1])
 
 
-NO_TEXT = says("; see --text-key and --format")
+NO_TEXT = says("; see --text-key and --format", whole=True)
 BAD_SHARE = says("more than {} of all and {}. Check the input, or raise --max-bad-share")
 WINDOW = says("needs a zstd window of {} MiB of memory, more than --max-zstd-window-mib {}")
 LONG = says("text file longer than {} bytes (--text-files line, or a larger --max-line-mib)")
@@ -398,7 +398,7 @@ def _other_end_of_pairs(told: Told) -> list[str]:
 def _add_index(told: Told) -> list[str]:
     pairs = Path(told.argv[told.argv.index("--output") + 1])
     shutil.copy(told.scene.prepared / "odd.bin", pairs / "other.bin")
-    shutil.copy(told.scene.prepared / "odd.idx", pairs / told.values[1])
+    shutil.copy(told.scene.prepared / "odd.idx", pairs / f"{told.values[1]}.idx")
     return told.argv
 
 
@@ -409,7 +409,7 @@ def _move_half(told: Told) -> list[str]:
 
 UNENDED = says("do not end in the end-of-text id {} ({}): give another --eod-token, --add-eod to "
                "rewrite the pair with it, or --accept-no-eod to take them as they are")  # fmt: skip
-HALF = says("{} has no index {}; add it, or move the file")
+HALF = says("{} has no index {}.idx; add it, or move the file")
 
 
 def _renamed(told: Told) -> list[str]:

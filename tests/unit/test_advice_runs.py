@@ -362,6 +362,7 @@ FEWER = says("set train.keep_last={}, ")
 ELSEWHERE = says("or use another --run-dir", "train/dry_run.py")
 NEEDS = says("a rank needs {} GB, this machine has {} GB free: ")
 WAYS = says("use {}", "train/dry_run.py")
+TOGETHER = says("{} and --deepspeed {}", "train/fitting.py")
 
 
 def _words_of(way: str) -> list[str]:
@@ -406,6 +407,7 @@ def test_what_makes_a_run_fit(
     ways = WAYS.values(problem.split("free: ")[1])[0].split(" or ")
     assert set(map(_kind, ways)) == kinds, problem
     for way in ways:
+        assert _kind(way) != "together" or TOGETHER.values(way)
         said = ask([*command, *_words_of(way)])
         assert said.code == 0 and "problem" not in said.text, f"{way}: {said.text}"
 

@@ -11,6 +11,7 @@ import shutil
 import subprocess
 import sys
 import time
+import zipfile
 from collections.abc import Callable
 from importlib import metadata
 from pathlib import Path
@@ -194,7 +195,7 @@ def test_submitting(prepared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert said.code == 0 and "Submitted" in said.text, said.text
 
 
-LOCK = says("rm {}", "doctor/software.py")
+LOCK = says("rm {}", "doctor/software.py", whole=True)
 SEGMENTS = says("rm {}", "doctor/machine.py")
 
 
@@ -358,7 +359,7 @@ def test_a_native_kernel_that_is_off(monkeypatch: pytest.MonkeyPatch, tmp_path: 
 
 CHANGE = says("change what the message names")
 ROOM = says("free some, or use another --run-dir")
-ELSEWHERE = says("use another --run-dir", "doctor/machine.py")
+ELSEWHERE = says("use another --run-dir", whole=True)
 
 
 def test_inputs_and_places_of_doctor(
@@ -384,3 +385,81 @@ def test_inputs_and_places_of_doctor(
     found = list(machine.check_disk(tmp_path / "bad"))[-1]
     ELSEWHERE.values(found.fix)
     assert list(machine.check_disk(tmp_path))[-1].status == "ok"
+
+
+COMPILER = says("install g++ (apt-get install g++), or set CXX")
+CXX20 = says("install a C++20 compiler (g++ 11 or newer) or set CXX and TORCH_EXTENSIONS_DIR")
+
+
+def test_a_compiler_of_ones_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from ultramem_ds.kernels import build
+
+    def compile_(compiler: str, path: Path) -> None:
+        if Path(compiler).name != "mine":
+            raise build.BuildError("an old compiler")
+        path.touch()
+
+    mine = tmp_path / "bin" / "mine"
+    mine.parent.mkdir()
+    mine.write_text("#!/bin/sh\n")
+    mine.chmod(0o755)
+    monkeypatch.setattr(build, "_compile", compile_)
+    monkeypatch.setattr(software, "_try_lookup", lambda: 0.0)
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path / "one"))
+    monkeypatch.delenv("CXX", raising=False)
+    with monkeypatch.context() as patch:
+        patch.setenv("PATH", str(tmp_path / "nothing"))
+        (found,) = software.check_kernels()
+        COMPILER.values(found.fix)
+        patch.setenv("CXX", str(mine))
+        (found,) = software.check_kernels()
+        assert found.status == "ok"
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path / "two"))
+    shutil.copy(mine, mine.with_name("g++"))
+    monkeypatch.setenv("PATH", str(mine.parent), prepend=os.pathsep)
+    (found,) = software.check_kernels()
+    CXX20.values(found.fix)
+    monkeypatch.setenv("CXX", str(mine))
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path / "three"))
+    (found,) = software.check_kernels()
+    assert found.status == "ok" and build.library_path().is_relative_to(tmp_path / "three")
+
+
+UNREADABLE = says("{} cannot be read: {}; delete it to fetch it anew")
+
+
+def test_a_package_that_was_cut(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from ultramem_ds.corpus import archives, fetch
+    from ultramem_ds.corpus.packages import PACKAGES
+
+    package = next(p for p in PACKAGES if p.registry == "pypi")
+    good = tmp_path / "good.whl"
+    with zipfile.ZipFile(good, "w") as archive:
+        archive.writestr("a.py", "x = 1\n")
+    command = ["cp", str(good), f"{package.names[0]}-1.0.whl"]
+    monkeypatch.setattr(fetch, "_command", lambda registry, name: command)
+
+    def read() -> list[tuple[str, bytes]]:
+        found = fetch.Fetcher(tmp_path / "packages").fetch(package)
+        assert isinstance(found, tuple), found
+        return list(archives.files(found[1], lambda path: True))
+
+    assert read() == [("a.py", b"x = 1\n")]
+    (file,) = (tmp_path / "packages").glob("*/*.whl")
+    file.write_bytes(file.read_bytes()[:-20])
+    with pytest.raises(ValueError) as refusal:
+        read()
+    Path(UNREADABLE.values(refusal.value)[0]).unlink()
+    assert read()
+
+
+DEBUG = says("preset {} has no debug scale: shape=debug is for 151M memories")
+
+
+def test_the_shape_of_a_study() -> None:
+    from ultramem_ds.config.presets import PRESETS
+    from ultramem_ds.study.shape import debug_scale
+
+    refused(DEBUG, lambda: debug_scale("dense-151m"))
+    wanted = [name for name in PRESETS if re.match(r"(ultramem|pkm)-151m", name)]
+    assert wanted and all(load_config(name, debug_scale(name)) for name in wanted)
