@@ -57,8 +57,8 @@ def test_killed_ten_times_and_finished(tmp_path):
     assert contents(output) == expected
 
 
-DIED = says("a worker process died, perhaps for lack of memory: use fewer --workers; finished units "
-            "are kept, repeat the command to go on")  # fmt: skip
+DIED = says("a worker process died, perhaps for lack of memory: use fewer --workers; finished "
+            "units are kept, repeat the command to go on")  # fmt: skip
 
 
 def test_a_killed_worker_is_an_error_not_a_hang(tmp_path):

@@ -54,7 +54,7 @@ class Claim:
         return (at, at + len(self.words)) if at >= 0 else None
 
     def values(self, message: object) -> tuple[str, ...]:
-        """What stands in the gaps of a printed message, unquoted; fails if it says something else."""
+        """What stands in the gaps of a printed message, unquoted; fails if it says otherwise."""
         *inner, last = (re.escape(part) for part in self.words.split("{}"))
         pattern = "(.*?)".join([*inner, last]) if last or not inner else "(.*?)".join(inner)
         pattern += "" if last or not inner else r"(.*?)(?:\n|$)"

@@ -45,10 +45,7 @@ class Message:
     @property
     def advice(self) -> list[tuple[int, int]]:
         """Where it advises something."""
-        return [
-            match.span(match.lastgroup or 0)
-            for match in ADVICE.finditer(self.text)
-        ]
+        return [match.span(match.lastgroup or 0) for match in ADVICE.finditer(self.text)]
 
 
 def messages(source: str, module: str) -> Iterator[Message]:

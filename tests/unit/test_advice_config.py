@@ -10,7 +10,7 @@ from typing import Any, get_args, get_type_hints
 
 import pytest
 
-from tests.unit.advice import Advice, Follow, Said, Told, ask, follow, instead, says, with_words
+from tests.unit.advice import Advice, Follow, Said, Told, ask, follow, says, with_words
 from tests.unit.bad_inputs import FITS, Command, Scene, rendezvous
 from ultramem_ds.config.load import load_config, valid_keys
 from ultramem_ds.config.schema import Config, OptimConfig
@@ -155,8 +155,8 @@ CASES += [
     Advice("ZeRO-1 for UltraMem",
            says("its value tables are ZeRO-3 partitioned parameters; use "
                 "ds_configs/ultramem_zero3.json"), _other_file()),
-    Advice("no ZeRO at all", says("ZeRO stage {} is not supported; use ds_configs/dense_zero1.json"),
-           _other_file()),
+    Advice("no ZeRO at all",
+           says("ZeRO stage {} is not supported; use ds_configs/dense_zero1.json"), _other_file()),
     Advice("an optimizer of its own",
            says("the DeepSpeed JSON sets {}; ultramem_ds builds it from optim.* and "
                 "train.precision: remove the key"), _remove()),
@@ -177,7 +177,7 @@ def test_following_helps(case: Advice, prepared: Path, trained: Path, tmp_path: 
 
 
 def test_more_text_is_the_other_way(prepared: Path, tmp_path: Path) -> None:
-    """"prepare more text": sequences of the length that was refused, of twice the text."""
+    """ "prepare more text": sequences of the length that was refused, of twice the text."""
     from ultramem_ds.data.mixture import Mixture
 
     def mixture(data: Path) -> Mixture:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import bz2
 import gzip
 import io
 import json
@@ -17,8 +16,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tests.unit.advice import MISTAKES, Advice, Follow, Told, ask, follow, instead, says, with_words
-from tests.unit.bad_input_texts import FILES, GOOD, prepare
+from tests.unit.advice import MISTAKES, Advice, Follow, Told, ask, follow, says, with_words
+from tests.unit.bad_input_texts import GOOD, prepare
 from tests.unit.bad_inputs import FITS, Scene
 from ultramem_ds.data.indexed import IndexedDataset, IndexedWriter
 from ultramem_ds.data.manifest import load_manifest
@@ -69,8 +68,8 @@ def _copy_tokenizer(told: Told) -> list[str]:
 
 
 MISSING = says("data directory {} does not exist; make it with `prepare`")
-UNFINISHED = says("{} has no {}: not prepared, or not to the end; run `prepare --input ... --output` "
-                  "on it (again)")  # fmt: skip
+UNFINISHED = says("{} has no {}: not prepared, or not to the end; run `prepare --input ... "
+                  "--output` on it (again)")  # fmt: skip
 TORN = says("{}.bin/.idx are missing or torn; repeat `prepare`")
 NEITHER = says("{} holds neither {}; repeat `prepare`, or copy the tokenizer there")
 REPLACED = says("{} is not the tokenizer that the data was made with (sha256 {}, {} says {}); put "
@@ -432,8 +431,8 @@ def _prepared_otherwise(scene: Scene) -> list[str]:
     return [*command, "--validation-share", "0.5"]
 
 
-OTHER_PLAN = says("{} already holds a dataset made from other inputs, options or another tokenizer; "
-                  "choose another --output, or --overwrite to replace it")  # fmt: skip
+OTHER_PLAN = says("{} already holds a dataset made from other inputs, options or another "
+                  "tokenizer; choose another --output, or --overwrite to replace it")  # fmt: skip
 PAIRS = [
     Advice("documents that do not end", UNENDED, _adopt_again("--add-eod")),
     Advice("documents that do not end", UNENDED, _adopt_again("--accept-no-eod")),

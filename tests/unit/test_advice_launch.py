@@ -45,11 +45,11 @@ def test_half_a_launchers_environment() -> None:
         assert world_of(launched).size > 1
 
 
-SLURM = says("a SLURM job of {} tasks, but this process was started without srun: write srun before "
-             "the command, use sbatch launch/slurm.sh, or unset SLURM_NTASKS to run one "
+SLURM = says("a SLURM job of {} tasks, but this process was started without srun: write srun "
+             "before the command, use sbatch launch/slurm.sh, or unset SLURM_NTASKS to run one "
              "process")  # fmt: skip
-NODES = says("a SLURM step on {} nodes without SLURM_JOB_NODELIST: set MASTER_ADDR to the machine of "
-             "task 0")  # fmt: skip
+NODES = says("a SLURM step on {} nodes without SLURM_JOB_NODELIST: set MASTER_ADDR to the machine "
+             "of task 0")  # fmt: skip
 
 
 def test_slurm() -> None:
@@ -64,8 +64,8 @@ def test_slurm() -> None:
     assert world_of({**anonymous, "MASTER_ADDR": "a"}).size == 8
 
 
-HALF_MPI = says("half of {}'s environment: {} missing; start ranks with mpirun, or unset the others "
-                "to run one process")  # fmt: skip
+HALF_MPI = says("half of {}'s environment: {} missing; start ranks with mpirun, or unset the "
+                "others to run one process")  # fmt: skip
 SEVERAL = says("{} started {} ranks on several machines: tell them where rank 0 is, mpirun {} ...")
 
 
@@ -248,8 +248,8 @@ def test_slurms_script_elsewhere(tmp_path: Path) -> None:
     assert done.returncode == 0 and "multi_node.sh train" in done.stdout, done.stderr
 
 
-TAKEN = says("port {} of this machine is taken by another program: set MASTER_PORT to a free one, the "
-             "same on all nodes")  # fmt: skip
+TAKEN = says("port {} of this machine is taken by another program: set MASTER_PORT to a free one, "
+             "the same on all nodes")  # fmt: skip
 TAKEN_THERE = says("port {} of {} is taken by another program: set MASTER_PORT to a free one, the "
                    "same for all ranks")  # fmt: skip
 
@@ -289,7 +289,8 @@ def test_more_ranks_than_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
 LIBAIO = says("offload to NVMe needs libaio and a C compiler: install it with headers (Debian and "
               "Ubuntu: libaio-dev) or use ds_configs/ultramem_zero3_cpu_offload.json")  # fmt: skip
 NO_PATH = says("the DeepSpeed JSON offloads to NVMe without a path: set "
-               "zero_optimization.offload_optimizer.nvme_path to a directory of a local disk")  # fmt: skip
+               "zero_optimization.offload_optimizer.nvme_path to a directory of a local "
+               "disk")  # fmt: skip
 IN_USE = says("{} is in use by another run; give each run its own")
 UNBUILDABLE = says("offload needs a C++ compiler and ninja; use ds_configs/ultramem_zero3.json "
                    "without them")  # fmt: skip

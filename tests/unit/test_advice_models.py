@@ -94,7 +94,8 @@ SLOW = [
            with_words("--dtype", "fp32")),
     Advice(_deepspeed_over, says("{} exists already; choose another output"), _another_output,
            "DeepSpeed's layout over another"),
-    Advice("task misspelt", says("unknown task {}{}"), lambda told: told.option("--tasks", "boolq")),
+    Advice("task misspelt", says("unknown task {}{}"),
+           lambda told: told.option("--tasks", "boolq")),
     Advice("a limit of no items",
            says("--limit {} leaves nothing to evaluate; leave it out for all items"),
            _without_limit),
@@ -119,8 +120,8 @@ def test_following_helps(case: Advice, prepared: Path, trained: Path, tmp_path: 
 
 NEAR = says("; near ones: {}")
 GROUP = says("no task is named; `paper` is the group of the paper's ten")
-OFFLINE = says("could not be loaded ({}: {}); without a network, or for gated data, give --task-data "
-               "DIR")  # fmt: skip
+OFFLINE = says("could not be loaded ({}: {}); without a network, or for gated data, give "
+               "--task-data DIR")  # fmt: skip
 
 
 @pytest.mark.slow
@@ -208,9 +209,11 @@ def test_a_tokenizer_that_transformers_reads_otherwise(
         assert encoder.encode(text) == list(tokenizer.encode(text))
 
 
-NEWER = says("config.json has format_version {}, this program reads up to {}: update ultramem_ds, or "
-             "export again with this version")  # fmt: skip
-ONE_DEVICE = says("memory_device={} needs the one device that the rest goes to as device_map, not {}")
+NEWER = says("config.json has format_version {}, this program reads up to {}: update ultramem_ds, "
+             "or export again with this version")  # fmt: skip
+ONE_DEVICE = says(
+    "memory_device={} needs the one device that the rest goes to as device_map, not {}"
+)
 ONE_INPUT = says("give exactly one of input_ids and inputs_embeds")
 
 

@@ -130,8 +130,9 @@ CASES = [
            "a line of metrics damaged"),
     Advice(_one_bad_record, says("{}:{} is not a record with a step: delete that line"),
            _delete_line, "a line of metrics without a step"),
-    Advice(_linked, says("{} is refused: it is a symbolic link, and checkpoints hold none; copy the "
-                         "file itself here if you trust it"), _copy_back, "a link in a checkpoint"),
+    Advice(_linked, says("{} is refused: it is a symbolic link, and checkpoints hold none; copy "
+                         "the file itself here if you trust it"), _copy_back,
+           "a link in a checkpoint"),
     Advice("number of ranks for a real run",
            says("--world-size is for --dry-run; to train on several ranks use a launcher "
                 "(NPROC=P launch/one_node.sh train ...)"), with_words("--dry-run")),
@@ -412,9 +413,7 @@ def test_what_makes_a_run_fit(
         assert said.code == 0 and "problem" not in said.text, f"{way}: {said.text}"
 
 
-def test_what_makes_room(
-    prepared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_what_makes_room(prepared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     scene = Scene(tmp_path, prepared, prepared)
     command = scene.train(*FITS, "train.keep_last=5", "--dry-run")
     size = float(re.findall(r"checkpoint +([\d.]+) GB", ask(command).text)[0]) * 1e9

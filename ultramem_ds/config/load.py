@@ -113,7 +113,7 @@ def _set(values: dict[str, Any], key: str, text: str, known: tuple[str, ...]) ->
 
 
 def _parse(text: str) -> Any:
-    """JSON where it is JSON (numbers, true, objects) or Python's constants, else the text itself."""
+    """JSON where it is JSON (numbers, true, objects), Python's constants, or the text itself."""
     try:
         return json.loads(text)
     except json.JSONDecodeError:

@@ -65,9 +65,7 @@ def _torch(environ: Mapping[str, str]) -> World:
     size = _integer(environ, "WORLD_SIZE", 1)
     rank = _integer(environ, "RANK", 0)
     local_rank = _integer(environ, "LOCAL_RANK", 0)
-    local_size = (
-        _integer(environ, "LOCAL_WORLD_SIZE", 1) or _integer(environ, "LOCAL_SIZE", 1) or 1
-    )
+    local_size = _integer(environ, "LOCAL_WORLD_SIZE", 1) or _integer(environ, "LOCAL_SIZE", 1) or 1
     alone = size == 1 and rank in (None, 0) and local_rank in (None, 0)
     missing = [name for name in TORCH if not environ.get(name)]
     if missing and not alone:
@@ -100,7 +98,8 @@ def _slurm(environ: Mapping[str, str]) -> World | None:
     if "SLURM_JOB_ID" in environ and "SLURM_STEP_ID" not in environ:
         raise ValueError(
             f"a SLURM job of {size} tasks, but this process was started without srun: write srun "
-            "before the command, use sbatch launch/slurm.sh, or unset SLURM_NTASKS to run one process"
+            "before the command, use sbatch launch/slurm.sh, or unset SLURM_NTASKS to run one "
+            "process"
         )
     rank, local_rank = (_integer(environ, f"SLURM_{name}", 0) for name in ("PROCID", "LOCALID"))
     if rank is None or local_rank is None:
