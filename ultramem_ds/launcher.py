@@ -37,6 +37,7 @@ from ultramem_ds.utils.launch import Launch, parse_launch
 POLL_S = 0.5
 REPEAT_S = 5.0  # SIGUSR1 is repeated: a rank that is still importing ignores it
 GRACE_S = 60.0  # for ranks without a launcher to save and end
+LAST_LINES = 20  # of libraries, where nobody else has said why a launch ended
 WORKERS_GRACE_S = 10.0  # for loader workers to notice that their rank has gone
 
 
@@ -75,15 +76,31 @@ class Launcher:
         self._received.append(number)
 
     def run(self) -> int:
-        """Wait for the end; returns the exit code."""
+        """Wait for the end; returns the exit code. An end that nobody has explained is."""
         try:
-            return self._wait()
+            code = self._wait()
         finally:
             for sorter in self._sorters:
                 sorter.finish(WORKERS_GRACE_S)
             self._keep_library_lines()
             if self._hostfile is not None:
                 self._hostfile.unlink()
+        if self._is_silent(code):
+            said = b"".join(self._library_lines[-LAST_LINES:]).decode(errors="replace")
+            print(
+                f"error: the ranks ended with exit code {code} and said nothing"
+                + (f"; what libraries said last:\n{said.rstrip()}" if said else ""),
+                file=sys.stderr,
+                flush=True,
+            )
+        return code
+
+    def _is_silent(self, code: int) -> bool:
+        """Whether nobody has said why: stderr tells refusals, stdout the findings of a report."""
+        if not code or not self._sorters or self._received:
+            return False
+        output, errors = self._sorters
+        return not errors.shown and (code == 2 or not output.shown)
 
     def _keep_library_lines(self) -> None:
         """In the run directory, if there came to be one."""

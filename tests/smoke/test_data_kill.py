@@ -12,6 +12,7 @@ from pathlib import Path
 import psutil
 import pytest
 
+from tests.unit.advice import says
 from tests.unit.data_corpus import contents, write_redpajama, write_tokenizer
 
 KILLS = 10
@@ -56,6 +57,10 @@ def test_killed_ten_times_and_finished(tmp_path):
     assert contents(output) == expected
 
 
+DIED = says("a worker process died, perhaps for lack of memory: use fewer --workers; finished "
+            "units are kept, repeat the command to go on")  # fmt: skip
+
+
 def test_a_killed_worker_is_an_error_not_a_hang(tmp_path):
     write_redpajama(tmp_path / "data", documents=2000)
     tokenizer = write_tokenizer(tmp_path / "tokenizer")
@@ -71,4 +76,7 @@ def test_a_killed_worker_is_an_error_not_a_hang(tmp_path):
     os.kill(victims[0].pid, signal.SIGKILL)
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 2
-    assert "a worker process died" in errors.splitlines()[-1]
+    DIED.values(errors.splitlines()[-1])
+    fewer = [*map(str, command[:-1]), "1"]  # as the message says: fewer, and again
+    assert subprocess.run(fewer, stderr=subprocess.DEVNULL, timeout=60).returncode == 0
+    assert (tmp_path / "out" / "manifest.json").exists()

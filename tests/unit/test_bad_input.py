@@ -112,7 +112,8 @@ def document(answers: dict[str, Answer]) -> str:
 `make bad-input` and checked by `tests/unit/test_bad_input.py`; `RUN` is a good run directory,
 `DATA` good prepared data, other paths are relative. With `ULTRAMEM_TRACEBACK=1` the traceback
 appears instead. A run directory with several checkpoints falls back to the newest good one
-([checkpoints](checkpoints.md)); the messages here are about the only one.
+([checkpoints](checkpoints.md)); the messages here are about the only one. What a message advises is
+followed by `tests/unit/test_advice_*.py`, with what it names, until the command goes through.
 """
     area = ""
     for case in CASES:

@@ -101,6 +101,42 @@ def test_a_rank_outlives_its_console(tmp_path: Path) -> None:
     assert "after printf" in (tmp_path / "run" / "rank.log").read_text()
 
 
+def test_a_full_disk_does_not_take_the_error_with_it(tmp_path: Path) -> None:
+    """Where libraries' lines find no room the console is given back all the same."""
+    script = """
+import sys, tempfile
+tempfile.TemporaryFile = lambda mode: open("/dev/full", "r+b", buffering=0)
+from ultramem_ds.cli import main, train
+main.importlib.import_module = lambda name: train
+def run(arguments, libraries):
+    libraries.speak()
+    sys.__stdout__.write("a library's line\\n")
+    raise ValueError("what is wrong")
+train._run = run
+words = "train --preset p --data d --run-dir r".split()
+sys.exit(main.main(words))
+"""
+    buffered = {k: v for k, v in environment().items() if k != "PYTHONUNBUFFERED"}
+    done = subprocess.run(
+        [sys.executable, "-c", script], env=buffered, capture_output=True, text=True
+    )
+    assert (done.returncode, done.stderr) == (2, "error: what is wrong\n")
+
+
+def test_a_console_that_is_full_for_now(tmp_path: Path) -> None:
+    """A line is longer than a non-blocking pipe: what does not fit waits for the reader."""
+    reader, writer = os.pipe()
+    os.set_blocking(writer, False)
+    line = b"error: " + b"x" * 1_000_000 + b"\n"
+    sorter = Sorter(io.BytesIO(line), writer, [])
+    found = b""
+    while len(found) < len(line):
+        found += os.read(reader, 1 << 16)
+    sorter.finish(10.0)
+    assert found == line and sorter.shown == 1
+    os.close(reader), os.close(writer)
+
+
 LIBRARY = [
     "[2026-11-25 23:32:58,672] [INFO] [launch.py:152:main] WORLD INFO DICT: {}",
     "worker-1: [2026-11-25 23:32:58,672] [WARNING] [real_accelerator.py:213:x] Setting",

@@ -64,7 +64,7 @@ def test_old_build_locks_are_found_and_fresh_ones_left(tmp_path: Path) -> None:
         lock.touch()
         os.utime(lock, (time.time() - age_s,) * 2)
     (found,) = software.stale_locks(tmp_path)
-    assert found.status == "fail" and found.fix == f"rm '{tmp_path / 'old' / 'lock'}'"
+    assert found.status == "fail" and found.fix == f"rm {tmp_path / 'old' / 'lock'}"
 
 
 def test_segments_of_dead_runs_are_found(tmp_path: Path) -> None:
@@ -79,7 +79,7 @@ def test_disk_is_tried_and_left_as_it_was(tmp_path: Path) -> None:
     assert not must_fix(found)
     assert not list(tmp_path.iterdir())
     too_much = list(machine.check_disk(run_dir, needed_bytes=1 << 60))
-    assert must_fix(too_much) and "train.keep_last" in too_much[0].fix
+    assert must_fix(too_much) and "another --run-dir" in too_much[0].fix
 
 
 def test_names_that_do_not_resolve(monkeypatch: pytest.MonkeyPatch) -> None:

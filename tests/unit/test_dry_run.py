@@ -50,9 +50,12 @@ def test_problems_are_named(prepared: Path, tmp_path: Path) -> None:
     found = dry_run(prepare_run(config, prepared, tmp_path / "run", None, 1))
     assert problems(found) == []
     full = {**found, "disk_free_bytes": found["checkpoint_bytes"] * 3 - 1}
-    assert "train.keep_last" in problems(full)[0]
+    assert "set train.keep_last=1, or use another --run-dir" in problems(full)[0]
+    fuller = {**full, "disk_free_bytes": found["checkpoint_bytes"] * 2 - 1}
+    assert "keep_last" not in problems(fuller)[0]  # not one would fit beside the next
     small = {**found, "available_bytes": found["memory_bytes"]["total"] - 1}
-    assert "more ranks" in problems(small)[0]
+    assert "not enough" in problems(small)[0]
+    assert "use 2 ranks or this" in problems({**small, "ways_to_fit": ["2 ranks", "this"]})[0]
 
 
 def test_durations() -> None:

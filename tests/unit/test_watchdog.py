@@ -1,5 +1,6 @@
 """Who may take how long, what counts as a launcher, one job per run directory."""
 
+import json
 import subprocess
 import sys
 import time
@@ -7,12 +8,16 @@ from pathlib import Path
 
 import psutil
 import pytest
+import torch
 
 from ultramem_ds.telemetry.phases import Phases
 from ultramem_ds.utils.processes import find_process, is_alive, is_launcher, launchers_above
+from ultramem_ds.watch import watchdog
+from ultramem_ds.watch.faultlog import log_fault
 from ultramem_ds.watch.roster import Roster
 from ultramem_ds.watch.runlock import only_job
 from ultramem_ds.watch.watchdog import FIRST_STEP_S, LONG_PHASE_S, START_S, allowed_s
+from ultramem_ds.zero.runtime import Ranks
 
 
 def test_what_is_slow_without_being_stuck_gets_more_time() -> None:
@@ -97,6 +102,44 @@ def test_first_alarm_wins(tmp_path: Path) -> None:
     assert second.raise_alarm("failure", 2, "first") and not first.raise_alarm("hang", 3, "late")
     alarm = first.alarm()
     assert alarm is not None and (alarm.kind, alarm.rank, alarm.code) == ("failure", 1, 2)
+
+
+@pytest.mark.parametrize("said", [True, False])
+def test_who_dies_before_it_can_say_why_is_spoken_for(
+    said: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The rank that raised the alarm is killed; the reason is printed once, and the code is its."""
+    job, phases, ended = Roster.reset(tmp_path), Phases(), []
+    dead = subprocess.Popen([sys.executable, "-c", ""])
+    dead.wait()
+    raiser = Roster(tmp_path, job, 1, phases)
+    raiser.sign()
+    path = raiser.directory / "rank-00001.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "pid": dead.pid}))
+    assert raiser.raise_alarm("failure", 2, "rank 1 failed: no such thing")
+    if said:
+        assert raiser.mark_said()
+    monkeypatch.setattr(watchdog.os, "_exit", ended.append)
+    monkeypatch.setattr(watchdog, "kill_children", lambda: None)
+    monkeypatch.setattr(watchdog, "GRACE_S", 0.0)
+    for rank in (0, 2):
+        ranks = Ranks(rank=rank, world_size=3, local_rank=rank, device=torch.device("cpu"))
+        guard = watchdog.Watchdog(tmp_path, job, ranks, phases, 600.0)
+        alarm = guard._roster.alarm()
+        assert alarm is not None
+        guard._follow(alarm)
+    assert ended == [2, 2]
+    lines = capsys.readouterr().err.splitlines()
+    assert lines == ([] if said else ["error: rank 1 failed: no such thing"])
+
+
+def test_a_fault_is_said_though_it_cannot_be_written(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "faults.jsonl").symlink_to("/dev/full")
+    with pytest.raises(OSError, match="No space left"):
+        log_fault(tmp_path, "failure", "error: the reason")
+    assert capsys.readouterr().err == "error: the reason\n"
 
 
 def test_what_is_left_of_an_earlier_job_raises_no_alarm(tmp_path: Path) -> None:

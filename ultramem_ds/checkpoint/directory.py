@@ -80,7 +80,7 @@ def latest_checkpoint(run_dir: Path) -> Path | None:
         return None
     path = _named(directory)
     if path is None:
-        others = [other.name for other in _complete(directory)]
+        others = [other.name for other in complete_checkpoints(directory)]
         raise ValueError(
             f"{pointer} names {_pointer_text(directory)!r}, which is not a complete checkpoint; "
             f"write the name of another one into it ({', '.join(others) or 'there is none'})"
@@ -96,7 +96,8 @@ def resume_candidates(run_dir: Path) -> list[Path]:
     """
     directory = checkpoints_dir(run_dir)
     named = _named(directory)
-    return [path for path in _complete(directory) if named is None or path.name <= named.name]
+    complete = complete_checkpoints(directory)
+    return [path for path in complete if named is None or path.name <= named.name]
 
 
 def newest_readable(run_dir: Path) -> Path | None:
@@ -135,8 +136,8 @@ def _named(directory: Path) -> Path | None:
     return path if _TAG.fullmatch(tag) and _is_complete(path) else None
 
 
-def _complete(directory: Path) -> list[Path]:
-    """Complete checkpoints, newest first."""
+def complete_checkpoints(directory: Path) -> list[Path]:
+    """Complete checkpoints of a ``checkpoints`` directory, newest first."""
     return sorted(filter(_is_complete, directory.glob("step-*")), reverse=True)
 
 

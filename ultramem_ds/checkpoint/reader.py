@@ -197,5 +197,5 @@ def check_finite(values_RC: Tensor, block: Block, what: str, source: Path) -> No
     if bad_R.numel():
         raise DamagedCheckpointError(
             f"{source} holds NaN or infinity in {what}: {bad_R.numel()} rows, the first is row "
-            f"{block.first_row + int(bad_R[0])}; go back to an earlier checkpoint"
+            f"{block.first_row + int(bad_R[0])}"
         )

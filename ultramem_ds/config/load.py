@@ -113,11 +113,11 @@ def _set(values: dict[str, Any], key: str, text: str, known: tuple[str, ...]) ->
 
 
 def _parse(text: str) -> Any:
-    """JSON where it is JSON (numbers, true, objects), else the text itself."""
+    """JSON where it is JSON (numbers, true, objects), Python's constants, or the text itself."""
     try:
         return json.loads(text)
     except json.JSONDecodeError:
-        return {"True": True, "False": False}.get(text, text)
+        return {"True": True, "False": False, "None": None}.get(text, text)
 
 
 def _explain(error: ValidationError) -> str:

@@ -76,7 +76,10 @@ class MemoryLayerConfig:
             require(self.expansion == 1, "memory.value_proj=false needs memory.expansion=1")
         if self.candidates == "two-sided":
             require(self.top_m % 2 == 0, "memory.candidates=two-sided needs an even memory.top_m")
-        require(not (self.softmax and self.num_cores > 1), "memory.softmax needs num_cores=1")
+        require(
+            not (self.softmax and self.num_cores > 1),
+            "memory.softmax=true needs memory.num_cores=1",
+        )
         require(
             self.query_conv >= 0,
             f"memory.query_conv={self.query_conv} must be 0 (none) or a kernel size",

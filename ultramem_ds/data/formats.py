@@ -56,6 +56,7 @@ _BOMS = (  # the longer ones first: UTF-32's begins with UTF-16's
     (codecs.BOM_UTF16_LE, "utf-16"),
     (codecs.BOM_UTF16_BE, "utf-16"),
 )
+_INDEX = "an index of tokenised data; see prepare --adopt"
 _FOREIGN = (
     (b"PK\x03\x04", "a zip archive; unpack it"),
     (b"7z\xbc\xaf\x27\x1c", "a 7z archive; unpack it"),
@@ -71,7 +72,7 @@ _FOREIGN = (
     (b"SQLite format 3", "an SQLite database"),
     (b"%PDF-", "a PDF document"),
     (b"\x89PNG", "a picture"),
-    (b"MMIDIDX", "an index of tokenised data; see prepare --adopt"),
+    (b"MMIDIDX", _INDEX),
 )
 _LFS = re.compile(rb"version https?://(git-lfs\.github\.com|hawser\.github\.com)/spec/")
 _MARKUP = re.compile(rb"(<!doctype html|<html|<head|<body)|(<\?xml|<Error>)", re.IGNORECASE)
@@ -132,6 +133,8 @@ def recognise(path: Path, options: ReadOptions, *, chosen: bool) -> Format:
     if not chosen:
         if path.name.lower() in _BESIDE_DATA:
             raise NotData("a file beside data, by its name")
+        if suffixes[-1:] == [".idx"]:
+            raise NotData(_INDEX)
         if family is None and by_name is None:
             raise NotData(f"suffix {suffixes[-1]}" if suffixes else "no suffix")
     with open(path, "rb") as file:

@@ -169,7 +169,7 @@ class Mixture:
         if ids_S1.max() >= self.vocab_size or ids_S1.min() < 0:
             raise ValueError(
                 f"subset {self.subsets[location.subset]} has ids outside the tokenizer's "
-                f"{self.vocab_size} entries; prepare it again"
+                f"{self.vocab_size} entries; delete its .bin and repeat `prepare`"
             )
         return ids_S1
 

@@ -44,8 +44,10 @@ from ultramem_ds.data.merge import (
 )
 from ultramem_ds.data.options import ReadOptions
 from ultramem_ds.data.readers import Document, read_unit
+from ultramem_ds.data.same_tokenizer import data_tokenizer
 from ultramem_ds.data.sources import Survey, survey
 from ultramem_ds.data.subsets import HELD_OUT
+from ultramem_ds.data.tokenizer_files import CLUES
 from ultramem_ds.data.tokenizer_losses import LossCounter, changed_by_decoding
 from ultramem_ds.data.tokenizers import Tokenizer, load_tokenizer, replace_tokenizer
 from ultramem_ds.data.unit import Unit
@@ -224,6 +226,7 @@ def prepare(
     manifest = plan.finished_manifest()
     if manifest is not None:
         logger.info("%s is already prepared", output)
+        _restore_tokenizer(plan)
         if config.strict:
             _be_strict(Account(**manifest.account), Counter(manifest.bad_records))
         plan.clean_up()
@@ -231,6 +234,17 @@ def prepare(
     plan.staging.mkdir(parents=True, exist_ok=True)
     _run_own_units(plan)
     return _merge_if_finished(plan)
+
+
+def _restore_tokenizer(plan: _Preparation) -> None:
+    """Put the tokenizer of a finished directory back if it is gone or is another one."""
+    try:
+        data_tokenizer(plan.output)
+    except ValueError as error:
+        logger.warning("%s: the tokenizer is put back", error)
+        for name in CLUES:
+            (plan.output / name).unlink(missing_ok=True)
+        replace_tokenizer(plan.tokenizer, plan.output)
 
 
 def say_skipped(found: Survey, *, strict: bool) -> None:

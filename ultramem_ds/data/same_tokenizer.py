@@ -28,11 +28,12 @@ def data_tokenizer(data_dir: str | Path) -> Tokenizer:
             f"{manifest.tokenizer.hash[:12]}); put that one back, or repeat `prepare`"
         )
     if tokenizer.eos_id != manifest.tokenizer.eos_id:
-        source = tokenizer.end_of_text.source or file
+        source = tokenizer.end_of_text.source
+        name = source or "tokenizer_config.json"
         raise ValueError(
-            f"{source} says that id {tokenizer.eos_id} ends a text, but the "
-            f"data was made with id {manifest.tokenizer.eos_id}; put the old "
-            f"{Path(data_dir) / 'tokenizer_config.json'} back, or repeat `prepare`"
+            f"{source or file} says that id {tokenizer.eos_id} ends a text, but the data was made "
+            f"with id {manifest.tokenizer.eos_id}; put the old {Path(data_dir) / name} back, "
+            f"remove it if there was none, or repeat `prepare`"
         )
     return tokenizer
 

@@ -90,8 +90,8 @@ class SkipRanges:
                     raise ValueError(
                         f"--skip-samples {begin}:{end}: the run has already trained on samples "
                         f"{format_ranges([(max(a, begin), min(b, end))])}; the next one is "
-                        f"{self.sample_at(consumed)}. Skip from there, or resume from an earlier "
-                        "checkpoint"
+                        f"{self.sample_at(consumed)}. Skip from there, or go back: write the name "
+                        "of an earlier checkpoint into the run's checkpoints/latest"
                     )
         return SkipRanges.of([*self.ranges, *new])
 

@@ -16,6 +16,7 @@ CONFIG_NAME = "tokenizer_config.json"
 # Beside a tokenizer, in order of precedence; each may name the end-of-text token.
 _TOKEN_FILES = (CONFIG_NAME, "special_tokens_map.json")
 _GENERATION_NAME = "generation_config.json"
+CLUES = (*_TOKEN_FILES, _GENERATION_NAME)
 # Names of the end-of-text token in published tokenizers, the first present one is taken.
 _KNOWN_NAMES = (
     "<|endoftext|>",
@@ -161,9 +162,11 @@ def find_file(path: str | Path, names: Sequence[str]) -> Path:
         if present:
             return present[0]
         if (file / "vocab.json").is_file() and (file / "merges.txt").is_file():
+            # Without a configuration that names the model, AutoTokenizer does not know its class.
+            kind = "AutoTokenizer" if (file / "config.json").is_file() else "GPT2TokenizerFast"
             raise ValueError(
                 f"{file} holds vocab.json and merges.txt but no tokenizer.json; transformers' "
-                "AutoTokenizer.from_pretrained(DIR).save_pretrained(DIR) writes one"
+                f"{kind}.from_pretrained(DIR).save_pretrained(DIR) writes one"
             )
         raise ValueError(
             f"{file} holds neither {' nor '.join(names)}; "
@@ -182,7 +185,7 @@ def _download(model_id: str, name: str) -> Path:
 
     try:
         file = Path(hf_hub_download(model_id, name))
-        for beside in (*_TOKEN_FILES, _GENERATION_NAME):
+        for beside in CLUES:
             try:
                 hf_hub_download(model_id, beside)
             except EntryNotFoundError:
@@ -224,7 +227,7 @@ def _other_kind(content: bytes, file: Path) -> str | None:
     if _TIKTOKEN.match(content):
         return (
             "a tiktoken vocabulary, which has no rules of its own to cut text; give the model's "
-            "tokenizer.json (transformers' convert_slow_tokenizer makes one)"
+            "tokenizer.json (transformers.convert_slow_tokenizer.TikTokenConverter makes one)"
         )
     if content[:1] != b"{":
         return None

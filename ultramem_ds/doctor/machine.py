@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import resource
+import shlex
 import shutil
 import socket
 import tempfile
@@ -68,7 +69,7 @@ def check_shared_memory(directory: Path = SHM) -> Iterator[Finding]:
             "machine",
             "warn",
             f"{len(stale)} shared-memory segments of dead runs hold {size / 1e6:.0f} MB",
-            f"rm {directory}/{SEGMENTS}",
+            f"rm {shlex.join(map(str, stale))}",  # not those of runs that live
         )
 
 
@@ -112,7 +113,7 @@ def check_disk(run_dir: Path, needed_bytes: int = 0) -> Iterator[Finding]:
             "disk",
             "fail",
             f"{here} has {free / 1e9:.1f} GB free, checkpoints need {needed_bytes / 1e9:.1f} GB",
-            "free some, lower train.keep_last, or use another --run-dir",
+            "free some, or use another --run-dir",
         )
     elif needed_bytes:
         what = f"{free / 1e9:.1f} GB free on {here}, checkpoints need {needed_bytes / 1e9:.1f} GB"

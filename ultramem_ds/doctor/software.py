@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import platform
 import re
+import shlex
 import shutil
 import sys
 import time
@@ -164,7 +165,7 @@ def stale_locks(directory: Path, age_s: float = STALE_LOCK_S) -> Iterator[Findin
             what = (
                 f"{lock} is {minutes:.0f} minutes old: a build was killed, the next waits for ever"
             )
-            yield Finding("kernels", "fail", what, f"rm '{lock}'")
+            yield Finding("kernels", "fail", what, f"rm {shlex.quote(str(lock))}")
 
 
 def check_gpu() -> Iterator[Finding]:

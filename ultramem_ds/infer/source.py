@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ultramem_ds.checkpoint.directory import (
+    complete_checkpoints,
     find_checkpoint,
     read_trainer_state,
     run_dir_of,
@@ -61,8 +62,11 @@ def open_source(path: Path) -> Source:
 
 @contextlib.contextmanager
 def naming_others(path: Path) -> Iterator[None]:
-    """Say where other checkpoints are if this one cannot be used."""
+    """If this checkpoint cannot be used, name the newest other one of its run, if there is one."""
     try:
         yield
     except ValueError as error:
-        raise ValueError(f"{error}; give --checkpoint another of {path.parent}") from None
+        other = next((each for each in complete_checkpoints(path.parent) if each != path), None)
+        if other is None:
+            raise
+        raise ValueError(f"{error}; the run has another one: --checkpoint {other}") from None

@@ -111,8 +111,8 @@ def _pick(requested: str, device_type: str) -> tuple[str, Choice]:
     preferred = _PREFERENCE.get(device_type, ("embedding-bag", "reference"))
     if requested != "auto" and requested not in _FACTORIES:
         raise ValueError(
-            f"no such kernel: {requested} (from memory.kernel or {ENVIRONMENT_KEY}); use auto or "
-            f"one of {list(NAMES)}"
+            f"no such kernel: {requested} (from memory.kernel or {ENVIRONMENT_KEY}); use auto "
+            f"(or, where they run, one of {', '.join(NAMES)})"
         )
     for candidate in preferred if requested == "auto" else (requested,):
         choice = _choice(candidate, device_type)

@@ -29,13 +29,14 @@ def plan_batches(config: Config, world_size: int, free_bytes: int | None = None)
         ValueError: if the ranks and micro-batches do not divide the global batch.
     """
     G = config.train.global_batch_size
+    asked = config.train.micro_batch_size
     if G % world_size:
+        each = world_size * (1 if asked == "auto" else asked)
         raise ValueError(
             f"train.global_batch_size={G} cannot be divided over {world_size} ranks; "
-            f"the nearest that can is {max(1, round(G / world_size)) * world_size}"
+            f"the nearest that can is {max(1, round(G / each)) * each}"
         )
     per_rank = G // world_size
-    asked = config.train.micro_batch_size
     if asked == "auto":
         free_bytes = free_bytes_per_rank() if free_bytes is None else free_bytes
         sizes = [d for d in range(1, per_rank + 1) if per_rank % d == 0]
@@ -44,9 +45,11 @@ def plan_batches(config: Config, world_size: int, free_bytes: int | None = None)
     else:
         micro = asked
     if per_rank % micro:
+        divisors = [d for d in range(1, per_rank + 1) if per_rank % d == 0]
         raise ValueError(
             f"train.micro_batch_size={micro} does not divide train.global_batch_size={G} / "
-            f"{world_size} ranks = {per_rank}"
+            f"{world_size} ranks = {per_rank}; the nearest that does is "
+            f"{min(divisors, key=lambda d: abs(d - micro))}"
         )
     return BatchPlan(G, micro, per_rank // micro)
 

@@ -19,6 +19,7 @@ from ultramem_ds.data.manifest import load_manifest
 from ultramem_ds.model.accounting import count, training_flops_per_token
 from ultramem_ds.planning.planner import Plan, make_plan
 from ultramem_ds.telemetry.metrics import METRICS, read_lines
+from ultramem_ds.train.fitting import device_bytes, ways_to_fit
 from ultramem_ds.train.run import Run
 
 RECENT_STEPS = 50  # of the run so far, that an estimate is made from
@@ -117,6 +118,11 @@ def dry_run(run: Run) -> dict[str, Any]:
     size = count(config)
     prepared = sum(info.tokens for info in load_manifest(run.data_dir).of_split("train").values())
     here = existing_parent(run.run_dir)
+    on_gpu, available = torch.cuda.is_available(), _available_bytes()
+    needed = device_bytes(plan, run.deepspeed_json, on_gpu)
+    ways: list[str] = []
+    if needed > available:
+        ways = ways_to_fit(fixed, run.world_size, run.deepspeed_json, available, on_gpu)
     return {
         "preset": config.preset,
         "world_size": run.world_size,
@@ -135,7 +141,9 @@ def dry_run(run: Run) -> dict[str, Any]:
         "prepared_tokens": prepared,
         "subsets": list(run.mixture.subsets),
         "memory_bytes": plan.memory.parts(),
-        "available_bytes": _available_bytes(),
+        "device_bytes": needed,
+        "available_bytes": available,
+        "ways_to_fit": ways,
         "checkpoint_bytes": checkpoint_bytes(config, plan.zero_stage),
         "save_every": config.train.save_every,
         "checkpoints_kept": config.train.keep_last,
@@ -159,18 +167,26 @@ def problems(found: dict[str, Any]) -> list[str]:
     result = []
     # One more than are kept: the new one is complete before an old one goes.
     kept = found["checkpoints_kept"] or 1
-    needed = found["checkpoint_bytes"] * (kept + 1)
-    if needed > found["disk_free_bytes"]:
+    one, free = found["checkpoint_bytes"], found["disk_free_bytes"]
+    needed = one * (kept + 1)
+    if needed > free:
+        fewer = next((n for n in range(kept - 1, 0, -1) if one * (n + 1) <= free), 0)
         result.append(
-            f"{found['disk']} has {found['disk_free_bytes'] / 1e9:.1f} GB free, {kept + 1} "
-            f"checkpoints need {needed / 1e9:.1f} GB: free some, lower train.keep_last, or use "
-            "another --run-dir"
+            f"{found['disk']} has {free / 1e9:.1f} GB free, {kept + 1} checkpoints need "
+            f"{needed / 1e9:.1f} GB: free some, "
+            + (f"set train.keep_last={fewer}, " if fewer else "")
+            + "or use another --run-dir"
         )
-    if found["memory_bytes"]["total"] > found["available_bytes"]:
+    if found["device_bytes"] > found["available_bytes"]:
+        ways = found["ways_to_fit"]
         result.append(
-            f"a rank needs {found['memory_bytes']['total'] / 1e9:.1f} GB, this machine has "
-            f"{found['available_bytes'] / 1e9:.1f} GB free: use more ranks, a smaller "
-            "train.micro_batch_size, or an offload JSON of ds_configs/"
+            f"a rank needs {found['device_bytes'] / 1e9:.1f} GB, this machine has "
+            f"{found['available_bytes'] / 1e9:.1f} GB free: "
+            + (
+                f"use {' or '.join(ways)}"
+                if ways
+                else "more ranks, smaller micro-batches and offload are not enough"
+            )
         )
     return result
 

@@ -12,6 +12,7 @@ import io
 import logging
 import os
 import re
+import select
 import sys
 import tempfile
 import threading
@@ -35,6 +36,18 @@ def is_library_line(line: bytes) -> bool:
     return _LIBRARY_LINE.match(line) is not None
 
 
+def _show(descriptor: int, data: bytes) -> None:
+    """Write all of it; a descriptor that is full for now is waited for, one that is gone is not."""
+    left = memoryview(data)
+    while left:
+        try:
+            left = left[os.write(descriptor, left) :]
+        except BlockingIOError:  # a pipe that whoever reads it has made non-blocking
+            select.select([], [descriptor], [])
+        except OSError:  # nobody looks any more
+            return
+
+
 class _Console(io.RawIOBase):
     """A descriptor that may lead nowhere one day: a run outlives the launcher that showed it."""
 
@@ -48,10 +61,8 @@ class _Console(io.RawIOBase):
         return True
 
     def write(self, data: Any) -> int:
-        try:
-            return os.write(self._descriptor, data)
-        except OSError:
-            return len(data)
+        _show(self._descriptor, bytes(data))
+        return len(data)
 
     def close(self) -> None:
         if not self.closed:
@@ -115,11 +126,13 @@ class LibraryOutput:
                 if ours is not theirs:
                     ours.close()
             sys.stdout, sys.stderr = self._streams
-        _flush()
+        with contextlib.suppress(OSError):  # no room for libraries' lines: ours must be seen
+            _flush()
         for own, descriptor in zip((1, 2), self._console):
             os.dup2(descriptor, own)
             os.close(descriptor)
-        self._file.close()
+        with contextlib.suppress(OSError):
+            self._file.close()
 
 
 @contextlib.contextmanager
@@ -168,12 +181,16 @@ class Sorter:
         source: the process's output.
         console: a descriptor.
         kept: where libraries' lines are added.
+
+    Attributes:
+        shown: lines that were passed on.
     """
 
     def __init__(self, source: IO[bytes], console: int, kept: list[bytes]) -> None:
         self._source = source
         self._console = console
         self._kept = kept
+        self.shown = 0  # lines
         self._thread = threading.Thread(target=self._run, daemon=True)
         self._thread.start()
 
@@ -182,8 +199,8 @@ class Sorter:
             if is_library_line(line):
                 self._kept.append(line)
             else:
-                with contextlib.suppress(OSError):  # nobody looks at the console any more
-                    os.write(self._console, line)
+                self.shown += 1
+                _show(self._console, line)
 
     def finish(self, timeout_s: float) -> None:
         """Wait for the end of the output."""

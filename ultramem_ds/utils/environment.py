@@ -16,6 +16,10 @@ from dataclasses import dataclass
 
 DEFAULT_PORT = 29500  # of MASTER_PORT where no job number tells another
 TORCH = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+_OPEN_MPI = tuple(f"OMPI_COMM_WORLD_{n}" for n in ("RANK", "SIZE", "LOCAL_RANK", "LOCAL_SIZE"))
+_HYDRA = ("PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID", "MPI_LOCALNRANKS")
+# Without these a process is alone, whatever else of a launcher's is there.
+_TELLING = (TORCH[:3], ("SLURM_NTASKS",), _OPEN_MPI, _HYDRA)
 # Ports of jobs: below those that systems give out, apart from the default.
 _FIRST_PORT, _NUM_PORTS = 10_000, 19_000
 
@@ -61,7 +65,7 @@ def _torch(environ: Mapping[str, str]) -> World:
     size = _integer(environ, "WORLD_SIZE", 1)
     rank = _integer(environ, "RANK", 0)
     local_rank = _integer(environ, "LOCAL_RANK", 0)
-    local_size = environ.get("LOCAL_WORLD_SIZE") or environ.get("LOCAL_SIZE") or "1"
+    local_size = _integer(environ, "LOCAL_WORLD_SIZE", 1) or _integer(environ, "LOCAL_SIZE", 1) or 1
     alone = size == 1 and rank in (None, 0) and local_rank in (None, 0)
     missing = [name for name in TORCH if not environ.get(name)]
     if missing and not alone:
@@ -79,7 +83,7 @@ def _torch(environ: Mapping[str, str]) -> World:
             rank=rank,
             size=size,
             local_rank=local_rank,
-            local_size=int(local_size),
+            local_size=local_size,
             master_addr=environ["MASTER_ADDR"],
             master_port=_port(environ, ""),
             started_by="RANK and WORLD_SIZE",
@@ -94,7 +98,8 @@ def _slurm(environ: Mapping[str, str]) -> World | None:
     if "SLURM_JOB_ID" in environ and "SLURM_STEP_ID" not in environ:
         raise ValueError(
             f"a SLURM job of {size} tasks, but this process was started without srun: write srun "
-            "before the command, use launch/slurm.sh, or unset SLURM_NTASKS to run one process"
+            "before the command, use sbatch launch/slurm.sh, or unset SLURM_NTASKS to run one "
+            "process"
         )
     rank, local_rank = (_integer(environ, f"SLURM_{name}", 0) for name in ("PROCID", "LOCALID"))
     if rank is None or local_rank is None:
@@ -124,16 +129,17 @@ def _slurm(environ: Mapping[str, str]) -> World | None:
 
 
 def _open_mpi(environ: Mapping[str, str]) -> World | None:
-    names = [f"OMPI_COMM_WORLD_{name}" for name in ("RANK", "SIZE", "LOCAL_RANK", "LOCAL_SIZE")]
-    return _mpi(environ, "Open MPI's mpirun", names, environ.get("PMIX_NAMESPACE", ""))
+    who, option = "Open MPI's mpirun", "-x MASTER_ADDR=HOST"
+    return _mpi(environ, who, _OPEN_MPI, environ.get("PMIX_NAMESPACE", ""), option)
 
 
 def _hydra(environ: Mapping[str, str]) -> World | None:
-    names = ["PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID", "MPI_LOCALNRANKS"]
-    return _mpi(environ, "mpirun", names, "")
+    return _mpi(environ, "mpirun", _HYDRA, "", "-genv MASTER_ADDR HOST")
 
 
-def _mpi(environ: Mapping[str, str], who: str, names: list[str], job: str) -> World | None:
+def _mpi(
+    environ: Mapping[str, str], who: str, names: tuple[str, ...], job: str, option: str
+) -> World | None:
     rank, size, local_rank, local_size = (
         _integer(environ, name, least) for name, least in zip(names, (0, 1, 0, 1))
     )
@@ -149,7 +155,7 @@ def _mpi(environ: Mapping[str, str], who: str, names: list[str], job: str) -> Wo
     if not address:
         raise ValueError(
             f"{who} started {size} ranks on several machines: tell them where rank 0 is, "
-            "mpirun -x MASTER_ADDR=HOST ..."
+            f"mpirun {option} ..."
         )
     return _checked(
         World(
@@ -197,12 +203,16 @@ def _integer(environ: Mapping[str, str], name: str, least: int) -> int | None:
     text = environ.get(name)
     if text is None or text == "":
         return None
-    if not text.isdigit() or int(text) < least:
-        raise ValueError(
-            f"{name}={text!r} in the environment must be a whole number from {least} on; a "
-            "launcher sets it, unset it to run one process"
-        )
-    return int(text)
+    if text.isdigit() and int(text) >= least:
+        return int(text)
+    what = f"{name}={text!r} in the environment must be a whole number from {least} on"
+    if name == "MASTER_PORT":
+        raise ValueError(f"{what}: set MASTER_PORT to a free port, the same for all ranks")
+    family = next((t for t in _TELLING if name[:5] == t[0][:5] or name in t), _TELLING[0])
+    there = [each for each in family if environ.get(each)]
+    raise ValueError(
+        f"{what}; a launcher sets it, to run one process unset {', '.join(there) or name}"
+    )
 
 
 def adopt(environ: MutableMapping[str, str] = os.environ) -> World:

@@ -24,14 +24,19 @@ def log_fault(run_dir: Path, kind: str, text: str, **details: Any) -> None:
         kind: a short word: ``bad step``, ``rollback``, ``failure``, ``hang``, ...
         text: for people, on stderr too.
         **details: plain values beside it.
+
+    Raises:
+        OSError: the file cannot be written, the disk is full for instance; the console was told.
     """
     event = {"time": round(time.time(), 3), "kind": kind, "text": text, **details}
     line = json.dumps(event) + "\n"
-    # One write of an O_APPEND file: lines of several processes do not mix.
-    descriptor = os.open(run_dir / FAULTS, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
     try:
-        os.write(descriptor, line.encode())
+        # One write of an O_APPEND file: lines of several processes do not mix.
+        descriptor = os.open(run_dir / FAULTS, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+        try:
+            os.write(descriptor, line.encode())
+        finally:
+            os.close(descriptor)
     finally:
-        os.close(descriptor)
-    if text:
-        print(text, file=sys.stderr, flush=True)
+        if text:
+            print(text, file=sys.stderr, flush=True)

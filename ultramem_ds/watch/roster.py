@@ -6,6 +6,7 @@ earlier job on another node finds its place gone, and can raise no alarm here.
 
 - ``rank-00003.json``: host, process, step and phase, rewritten every few seconds;
 - ``alarm.json``: why the job ends, written once, by the rank that noticed first;
+- ``said``: that this stands on the console; made after it was printed;
 - ``stack-00003.txt``: Python stacks of that rank (also on ``kill -USR2 PID``).
 """
 
@@ -27,6 +28,7 @@ from ultramem_ds.telemetry.phases import Phases
 from ultramem_ds.utils.processes import find_process
 
 ALARM = "alarm.json"
+SAID = "said"
 
 
 @dataclass(frozen=True)
@@ -135,6 +137,18 @@ class Roster:
         try:
             os.link(temporary, self.directory / ALARM)  # whole, and only if there is none
         except FileExistsError:
+            return False
+        return True
+
+    def was_said(self) -> bool:
+        """Whether the reason stands on the console."""
+        return (self.directory / SAID).exists()
+
+    def mark_said(self) -> bool:
+        """It does; False if another rank has marked it before."""
+        try:
+            (self.directory / SAID).touch(exist_ok=False)
+        except OSError:
             return False
         return True
 

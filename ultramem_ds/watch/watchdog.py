@@ -45,6 +45,7 @@ EXIT_ORPHANED = 4
 POLL_S = 1.0  # between two looks at launcher and alarm
 SIGN_S = 2.0  # between two signatures in the roster, for up to 64 ranks
 ORPHAN_S = 60.0  # for a rank without a launcher to save and end
+SAY_S = 20.0  # for the rank that raised the alarm to say why, on a machine that is busy
 GRACE_S = 5.0  # for other ranks to write their stacks, or to say why they end
 # Beyond train.watchdog_s: what is slow without being stuck.
 START_S = 1800.0  # building or loading model and kernels, before the first step
@@ -135,10 +136,14 @@ class Watchdog:
             first = True
         if self._ranks.world_size == 1:
             details = {"rank": here.rank, "step": here.step, "phase": here.phase}
-            log_fault(self._run_dir, "failure", text if not expected else "", **details)
+            with contextlib.suppress(OSError):  # a full disk: the error itself is what to say
+                log_fault(self._run_dir, "failure", text if not expected else "", **details)
             return
         alarm = self._roster.alarm()
-        self._end("failure", f"error: {text}" if first else "", alarm.code if alarm else code)
+        if first or alarm is None:
+            self._end("failure", f"error: {text}", code)
+        else:
+            self._end("failure", self._unsaid(alarm), alarm.code)
 
     def _something_is_wrong(self) -> bool:
         return self._roster.alarm() is not None or bool(self._dead())
@@ -191,7 +196,16 @@ class Watchdog:
             self._ended.wait(GRACE_S + 3 * POLL_S)  # who raised it shall print, and end first
         else:  # a failing main thread says why by itself; one that waits for a peer cannot
             self._ended.wait(GRACE_S)
-        self._end(alarm.kind, "", alarm.code)
+        self._end(alarm.kind, self._unsaid(alarm), alarm.code)
+
+    def _unsaid(self, alarm: Alarm) -> str:
+        """What the rank that raised the alarm was to say, if it ended before it could."""
+        raiser = next((p for p in self._roster.others() if p.rank == alarm.rank), None)
+        wait_until(
+            lambda: self._roster.was_said() or (raiser is not None and raiser.state() == "dead"),
+            SAY_S,
+        )
+        return f"error: {alarm.text}" if self._roster.mark_said() else ""
 
     def _look_for_hang(self, now: float) -> None:
         phases = self._phases
@@ -254,6 +268,7 @@ class Watchdog:
                 log_fault(
                     self._run_dir, kind, text, rank=here.rank, step=here.step, phase=here.phase
                 )
+            self._roster.mark_said()
         kill_children()
         with contextlib.suppress(OSError, ValueError):
             sys.stdout.flush()
