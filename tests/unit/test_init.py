@@ -157,6 +157,17 @@ def test_layers_start_different_but_reproducible():
             assert not torch.equal(param, third.get_parameter(name))
 
 
+def test_the_query_convolution_may_start_as_pairs_of_tokens():
+    convolution = make_layer(query_conv=4, query_conv_init="pair").retrieval.query.conv
+    x = torch.randn(2, 9, convolution.weight.shape[1])
+    signs = convolution.weight[-2].detach()
+    assert set(signs.tolist()) == {-1.0, 1.0}
+    before = torch.cat([torch.zeros_like(x[:, :1]), x[:, :-1]], dim=1)
+    torch.testing.assert_close(convolution(x, None, None)[0], x + signs * before)
+    again = make_layer(query_conv=4, query_conv_init="pair").retrieval.query.conv
+    assert torch.equal(again.weight, convolution.weight)
+
+
 def test_the_query_convolution_starts_as_the_identity():
     convolution = make_layer(query_conv=4).retrieval.query.conv
     x = torch.randn(2, 9, convolution.weight.shape[1])

@@ -36,6 +36,8 @@ class MemoryLayerConfig:
     candidates: Candidates = "one-sided"  # how TDQKR's rank-1 search picks m candidates per side
     query: Literal["shared", "per-head", "per-head-shared-sides"] = "shared"
     query_conv: int = 4  # kernel of the causal depthwise convolution; 0 = none
+    # What the convolution begins as: this token alone, or this token and the one before
+    query_conv_init: Literal["identity", "pair"] = "identity"
     qk_norm: Literal["none", "layernorm", "rmsnorm"] = "layernorm"  # on query and keys, over kdim
     softmax: bool = False  # softmax over the selected scores of a head (PKM)
     value_proj: bool = True  # project V -> D after pooling; without it V = D and E = 1
@@ -80,6 +82,11 @@ class MemoryLayerConfig:
         require(
             self.query_conv >= 0,
             f"memory.query_conv={self.query_conv} must be 0 (none) or a kernel size",
+        )
+        require(
+            self.query_conv_init == "identity" or self.query_conv >= 2,
+            f"memory.query_conv_init=pair needs memory.query_conv of 2 or more, "
+            f"not {self.query_conv}",
         )
         require(
             self.aux_loss_weight >= 0,

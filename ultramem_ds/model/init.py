@@ -34,12 +34,15 @@ class Fill:
     Attributes:
         unit_norm: a head's cores are shifted until their sum has norm 1.
         last_row_only: the rows before the last are zero.
+        signs_before_last: the row before the last is +1 or -1 by the sign of its draw, the last
+            row is 1, those before both are zero.
     """
 
     mean: float = 0.0
     std: float = 0.0
     unit_norm: bool = False
     last_row_only: bool = False
+    signs_before_last: bool = False
 
 
 def _matrix(config: Architecture) -> Fill:
@@ -58,7 +61,10 @@ def _ones(_: Architecture) -> Fill:
     return Fill(mean=1.0)
 
 
-def _memory_conv(_: Architecture) -> Fill:
+def _memory_conv(config: Architecture) -> Fill:
+    if config.memory.query_conv_init == "pair":
+        # A query begins as a function of two tokens in their order: with signs, (a, b) is not (b, a).
+        return Fill(std=1.0, signs_before_last=True)
     return Fill(mean=1.0, last_row_only=True)  # queries begin as they are without the convolution
 
 
@@ -109,7 +115,7 @@ INITIALISERS: dict[str, Callable[[Architecture], Fill]] = {
     "matrix": _matrix,  # init_std
     "residual": _residual,  # init_std / sqrt(2 L)
     "norm": _ones,  # 1
-    "memory_conv": _memory_conv,  # the identity
+    "memory_conv": _memory_conv,  # the identity, or this token and the one before
     "memory_query": _memory_query,  # init_std; without norms query_gain / sqrt(D) but for pkm
     "memory_query_norm": _memory_query_norm,  # pkm 1, paper 1 / sqrt(E[Y]), corrected: measured Y
     "memory_keys": _memory_keys,  # 1 / sqrt(d)
@@ -228,6 +234,10 @@ def _draw(out: Tensor, fill: Fill, generator: torch.Generator) -> None:
         draw += (total / total.norm(dim=(-2, -1), keepdim=True) - total) / len(draw)
     if fill.last_row_only:
         draw[:-1] = 0
+    if fill.signs_before_last:
+        draw[-2] = torch.where(draw[-2] < 0, -1.0, 1.0)
+        draw[-1] = 1
+        draw[:-2] = 0
     with torch.no_grad():
         out.copy_(draw)
 
