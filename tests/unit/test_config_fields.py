@@ -30,7 +30,7 @@ PERTURBED = {
     "candidates": "two-sided",
     "query": "per-head",
     "query_conv": 2,
-    "query_conv_init": "pair",
+    "query_tokens": 2,
     "qk_norm": "rmsnorm",
     "softmax": True,
     "value_proj": False,
