@@ -172,6 +172,8 @@ CONFIGURATION = [
     _train("placement not a:b", "memory.placement=1-2", "memory.placement='1-2'", "a:b"),
     _train("placement beyond the blocks", "memory.placement=1:9", "block 9", "num_layers=4"),
     _train("more slots than keys", "memory.top_m=4000", "memory.top_m=4000", "keys per side"),
+    _train("queries of more tokens than taps", "memory.query_tokens=5", "is not between 1 and"),
+    _train("queries of three layers for two", "memory.query_tokens=1/2/2", "2 memory layers"),
     _train("columns not divisible by cores", "memory.num_cores=3", "memory.num_cores=3"),
     _train("product keys with a Tucker rank", "memory.retrieval=product-key", "memory.tucker_rank"),
     _train("unknown kernel", "memory.kernel=fast", "memory.kernel", "fast", "reference"),

@@ -30,6 +30,7 @@ PERTURBED = {
     "candidates": "two-sided",
     "query": "per-head",
     "query_conv": 2,
+    "query_tokens": 2,
     "qk_norm": "rmsnorm",
     "softmax": True,
     "value_proj": False,
@@ -71,6 +72,7 @@ OPTIM = {
     "value_lr_multiplier": 3.0,
     "value_weight_decay": 0.3,
     "key_lr_multiplier": 2.0,
+    "query_lr_multiplier": 2.0,
     "gain_lr_multiplier": 0.5,
 }
 

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from tests.unit.memory_helpers import make_config, make_layer
+from ultramem_ds.config.load import load_config
 from ultramem_ds.config.presets import preset
 from ultramem_ds.model.init import (
     INITIALISERS,
@@ -98,7 +99,7 @@ def measure(config, num_layers=8):
     """Mean selected score and output variance over 1/(2L), over freshly built layers."""
     totals, variances = [], []
     for index in range(num_layers):
-        table = ValueTable(config.memory.num_rows, config.memory.value_dim, table_index=index)
+        table = ValueTable(config.memory.num_rows, config.memory.value_dim, table_index=0)
         layer = MemoryLayer(config.model, config.memory, table)
         init_module(layer, config, seed=index)
         with torch.no_grad():
@@ -155,6 +156,20 @@ def test_layers_start_different_but_reproducible():
         assert torch.equal(param, second.get_parameter(name))
         if param.role != "norm" and ".conv." not in name:
             assert not torch.equal(param, third.get_parameter(name))
+
+
+def test_the_query_convolution_may_start_with_the_tokens_before():
+    config = load_config("ultramem-debug", ["memory.query_tokens=1/3"])
+    model = LanguageModel(config)
+    init_module(model, config, seed=0)
+    one, three = (layer.retrieval.query.conv for layer in model.memory_layers)
+    x = torch.randn(2, 9, config.model.hidden_size)
+    torch.testing.assert_close(one(x, None, None)[0], x)
+    signs = three.weight.detach()[-3:-1]
+    assert set(signs.flatten().tolist()) == {-1.0, 1.0}
+    before = [torch.cat([torch.zeros(2, k, x.shape[2]), x[:, :-k]], dim=1) for k in (2, 1)]
+    expected = x + signs[0] * before[0] + signs[1] * before[1]
+    torch.testing.assert_close(three(x, None, None)[0], expected)
 
 
 def test_the_query_convolution_starts_as_the_identity():

@@ -52,7 +52,12 @@ def test_groups_are_disjoint_and_complete(kind: str) -> None:
 def test_keys_gains_and_tables_may_have_rates_and_decays_of_their_own() -> None:
     config = load_config(
         "ultramem-debug",
-        ["optim.key_lr_multiplier=3", "optim.gain_lr_multiplier=0.1", "optim.value_weight_decay=0"],
+        [
+            "optim.key_lr_multiplier=3",
+            "optim.query_lr_multiplier=0.5",
+            "optim.gain_lr_multiplier=0.1",
+            "optim.value_weight_decay=0",
+        ],
     )
     with torch.device("meta"):
         model = LanguageModel(config)
@@ -61,11 +66,14 @@ def test_keys_gains_and_tables_may_have_rates_and_decays_of_their_own() -> None:
     keys = [memory.retrieval.keys.weight for memory in model.memory_layers]
     assert [id(p) for p in by_name["keys"]["params"]] == [id(p) for p in keys]
     retrievals = [memory.retrieval for memory in model.memory_layers]
+    queries = [w for each in retrievals for w in (each.query.proj.weight, each.query.conv.weight)]
+    assert {id(p) for p in by_name["queries"]["params"]} == {id(p) for p in queries}
     gains = [norm.weight for each in retrievals for norm in (each.query.norm, each.keys.norm)]
     assert {id(p) for p in by_name["gains"]["params"]} == {id(p) for p in gains}
     assert {name: group["weight_decay"] for name, group in by_name.items()} == {
         "matrices": 0.1,
         "keys": 0.1,
+        "queries": 0.1,
         "norms": 0.0,
         "gains": 0.0,
         "tables": 0.0,

@@ -36,6 +36,8 @@ class MemoryLayerConfig:
     candidates: Candidates = "one-sided"  # how TDQKR's rank-1 search picks m candidates per side
     query: Literal["shared", "per-head", "per-head-shared-sides"] = "shared"
     query_conv: int = 4  # kernel of the causal depthwise convolution; 0 = none
+    # How many tokens, the last ones, a query begins as a function of: one number, or one per layer
+    query_tokens: int | str = 1  # 1/2: the first layer's queries know a token, the second's a pair
     qk_norm: Literal["none", "layernorm", "rmsnorm"] = "layernorm"  # on query and keys, over kdim
     softmax: bool = False  # softmax over the selected scores of a head (PKM)
     value_proj: bool = True  # project V -> D after pooling; without it V = D and E = 1
@@ -93,6 +95,12 @@ class MemoryLayerConfig:
             f"memory.aux_loss_margin={self.aux_loss_margin} must not be negative",
         )
         require(len(self.spans) >= 1, "memory.placement names no memory layer")
+        for tokens in self.tokens_of_queries:
+            require(
+                1 <= tokens <= max(1, self.query_conv),
+                f"memory.query_tokens={self.query_tokens}: {tokens} is not between 1 and the "
+                f"taps of memory.query_conv={self.query_conv}",
+            )
 
     @property
     def num_keys(self) -> int:
@@ -113,6 +121,19 @@ class MemoryLayerConfig:
     def rows_per_token(self) -> int:
         """K = m * H, looked-up rows per token."""
         return self.top_m * self.num_heads
+
+    @property
+    def tokens_of_queries(self) -> tuple[int, ...]:
+        """``query_tokens`` parsed: one number per memory layer."""
+        parts = str(self.query_tokens).split("/")
+        valid = all(part.strip().isdigit() for part in parts)
+        require(
+            valid and len(parts) in (1, len(self.spans)),
+            f"memory.query_tokens={self.query_tokens!r} is neither a number nor one for each of "
+            f"the {len(self.spans)} memory layers, as in 1/2",
+        )
+        numbers = tuple(int(part) for part in parts)
+        return numbers * len(self.spans) if len(numbers) == 1 else numbers
 
     @property
     def spans(self) -> tuple[tuple[int, int], ...]:

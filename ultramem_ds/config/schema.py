@@ -121,6 +121,7 @@ class OptimConfig:
     value_lr: float = 1e-3  # constant: the tables' learning rate (Lample et al., 2019)
     value_weight_decay: float | None = None  # on tables; null = weight_decay
     key_lr_multiplier: float = 1.0  # of the memory layers' keys, times the dense rate
+    query_lr_multiplier: float = 1.0  # of their queries' projection and convolution, likewise
     gain_lr_multiplier: float = 1.0  # of the norms on queries and keys, times the dense rate
 
     def __post_init__(self) -> None:
@@ -151,6 +152,10 @@ class OptimConfig:
         require(
             self.key_lr_multiplier > 0,
             f"optim.key_lr_multiplier={self.key_lr_multiplier} must be positive",
+        )
+        require(
+            self.query_lr_multiplier > 0,
+            f"optim.query_lr_multiplier={self.query_lr_multiplier} must be positive",
         )
         require(
             self.gain_lr_multiplier > 0,

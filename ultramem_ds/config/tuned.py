@@ -19,8 +19,20 @@ _DEBUG_TUNED: dict[str, Overrides] = {
     # lr from 2e-3: 4.108 -> 3.960.
     "moe-debug": {"optim": {"lr": 4e-3}},
     "ultramem-debug": {
-        "memory": {"init": "corrected"},  # from paper: 4.152 -> 4.109 at a rate of 2e-3
-        "optim": {"lr": 4e-3},  # from 2e-3: 4.109 -> 3.970
+        "memory": {
+            "init": "corrected",  # from paper: 4.152 -> 4.109 at a rate of 2e-3
+            # Both layers read block 1, the first by token, the second by pair of tokens. As 1:2/3:4
+            # with tokens alone a layer knows nothing that the embedding does not.
+            "placement": "1:2/1:4",
+            "query_tokens": "1/2",
+        },
+        "optim": {
+            "lr": 4e-3,  # from 2e-3: 4.109 -> 3.970
+            # Addresses at a twentieth of the rate: a value is then still read where it was trained.
+            "key_lr_multiplier": 0.05,
+            "query_lr_multiplier": 0.05,
+            "gain_lr_multiplier": 0.05,
+        },
     },
 }
 

@@ -28,7 +28,7 @@ NUM_RANKS = 2
 OVERRIDES = ("train.max_steps=150", "train.eval_every=75", "train.save_every=75")
 CHECKOUT = Path(__file__).resolve().parents[2]
 LAUNCHER = CHECKOUT / "launch" / "one_node.sh"
-STUDY = CHECKOUT / "docs" / "studies" / "kinds-small-gpu.json"
+STUDY = CHECKOUT / "docs" / "studies" / "tuned-demo.json"
 
 
 def _run(command: list[str]) -> None:
@@ -105,7 +105,7 @@ def summarise(presets: tuple[str, ...]) -> list[dict[str, Any]]:
 
 
 def published_curves() -> tuple[str, Curves] | None:
-    """Validation losses of the longest study in ``docs/``, means over seeds; None elsewhere."""
+    """Validation losses of the tuned presets on this corpus, means over seeds; None elsewhere."""
     if not STUDY.exists():
         return None
     by_kind: dict[str, list[list[list[float]]]] = {}
@@ -116,7 +116,7 @@ def published_curves() -> tuple[str, Curves] | None:
         for kind, seeds in by_kind.items()
     }
     seeds = max(len(runs) for runs in by_kind.values())
-    return f"a longer study's validation loss, {seeds} seeds", curves
+    return f"tuned presets, validation loss, {seeds} seeds", curves
 
 
 def main() -> None:
@@ -171,7 +171,7 @@ def main() -> None:
     if longer is not None:
         tokens = max(points[-1][0] for points in longer[1].values())
         ends = ", ".join(f"{kind} {points[-1][1]:.2f}" for kind, points in longer[1].items())
-        print(f"{longer[0]} after {tokens / 1e6:.2f} M tokens of another corpus: {ends}")
+        print(f"{longer[0]}, after {tokens / 1e6:.2f} M tokens of this corpus: {ends}")
     print(f"summary: {ROOT / 'summary.json'}   curves: {ROOT / 'losses.png'}")
     print(f"TensorBoard: make tensorboard LOGDIR={ROOT}")
     print(f"took {time.perf_counter() - begin:.0f} s")

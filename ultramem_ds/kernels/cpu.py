@@ -28,6 +28,10 @@ from ultramem_ds.kernels.row_adam import AdamStep
 PANEL = 32  # P, outputs of a panel, as in csrc/packed.cpp
 
 
+def _wide() -> bool:
+    return torch.backends.cpu.get_cpu_capability() == "AVX512"
+
+
 def _all_fp32(*tensors: Tensor) -> bool:
     return all(tensor.dtype == torch.float32 for tensor in tensors)
 
@@ -245,20 +249,23 @@ class NativeKernel(PlainKernel):
         The packed product is blocked for 32 registers of 64 bytes. With AVX2 it is 1.5 times (one
         row) to 28 times (256 rows) slower than torch's.
         """
-        wide = torch.backends.cpu.get_cpu_capability() == "AVX512"
-        return weight.dtype == torch.float32 and wide
+        return weight.dtype == torch.float32 and _wide()
 
     def packed_shape(
         self, num_outputs: int, num_inputs: int, *, dtype: torch.dtype
     ) -> tuple[int, ...]:
-        """``(Q, K, P)`` of fp32 weights; the last panel is filled up with zeros."""
-        if dtype != torch.float32:
+        """``(Q, K, P)`` of fp32 weights; the last panel is filled up with zeros.
+
+        Without AVX-512 only where torch's grouped product wants other strides (16 bytes).
+        """
+        aligned = num_outputs % 4 == 0 and num_inputs % 4 == 0
+        if dtype != torch.float32 or (aligned and not _wide()):
             return super().packed_shape(num_outputs, num_inputs, dtype=dtype)
         return -(-num_outputs // PANEL), num_inputs, PANEL
 
     def pack_into(self, packed: Tensor, weight_NK: Tensor) -> None:
         """See :class:`ultramem_ds.kernels.base.Kernel`."""
-        if not _all_fp32(packed, weight_NK):
+        if packed.dim() == 2:  # not in panels
             return super().pack_into(packed, weight_NK)
         assert packed.shape == self.packed_shape(*weight_NK.shape, dtype=packed.dtype)
         weight_NK = weight_NK.contiguous()
@@ -268,7 +275,7 @@ class NativeKernel(PlainKernel):
         self, x_MK: Tensor, packed_X: Tensor, ends_X: Tensor, num_outputs: int
     ) -> Tensor:
         """See :class:`ultramem_ds.kernels.base.Kernel`; a view where N fills no whole panels."""
-        if not _all_fp32(x_MK, packed_X):
+        if packed_X.dim() == 3:  # not in panels
             return super().grouped_linear(x_MK, packed_X, ends_X, num_outputs)
         num_groups, num_panels, num_inputs, _ = packed_X.shape
         x_MK = x_MK.contiguous()

@@ -11,7 +11,7 @@ import functools
 import hashlib
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -33,13 +33,14 @@ class Fill:
 
     Attributes:
         unit_norm: a head's cores are shifted until their sum has norm 1.
-        last_row_only: the rows before the last are zero.
+        taps: rows that are not zero, the last ones: 1 in the last, +1 or -1 (the sign of its draw)
+            in those before; 0 = all rows as drawn.
     """
 
     mean: float = 0.0
     std: float = 0.0
     unit_norm: bool = False
-    last_row_only: bool = False
+    taps: int = 0
 
 
 def _matrix(config: Architecture) -> Fill:
@@ -59,7 +60,7 @@ def _ones(_: Architecture) -> Fill:
 
 
 def _memory_conv(_: Architecture) -> Fill:
-    return Fill(mean=1.0, last_row_only=True)  # queries begin as they are without the convolution
+    return Fill(std=1.0, taps=1)  # queries begin as they are without the convolution
 
 
 def _memory_query(config: Architecture) -> Fill:
@@ -109,7 +110,7 @@ INITIALISERS: dict[str, Callable[[Architecture], Fill]] = {
     "matrix": _matrix,  # init_std
     "residual": _residual,  # init_std / sqrt(2 L)
     "norm": _ones,  # 1
-    "memory_conv": _memory_conv,  # the identity
+    "memory_conv": _memory_conv,  # the identity; more taps by memory.query_tokens
     "memory_query": _memory_query,  # init_std; without norms query_gain / sqrt(D) but for pkm
     "memory_query_norm": _memory_query_norm,  # pkm 1, paper 1 / sqrt(E[Y]), corrected: measured Y
     "memory_keys": _memory_keys,  # 1 / sqrt(d)
@@ -226,8 +227,10 @@ def _draw(out: Tensor, fill: Fill, generator: torch.Generator) -> None:
     if fill.unit_norm:  # shift every core alike: rescaling would blow up cores that cancel
         total = draw.sum(0)
         draw += (total / total.norm(dim=(-2, -1), keepdim=True) - total) / len(draw)
-    if fill.last_row_only:
-        draw[:-1] = 0
+    if fill.taps:
+        draw = torch.where(draw < 0, -1.0, 1.0)
+        draw[-1] = 1
+        draw[: -fill.taps] = 0
     with torch.no_grad():
         out.copy_(draw)
 
@@ -250,8 +253,10 @@ def init_parameter(name: str, param: nn.Parameter, config: Architecture, seed: i
     if line == "table":
         fill_rows(param, config, seed, param.table_index, 0)  # type: ignore[attr-defined]
         return
-    generator = torch.Generator().manual_seed(_seed(seed, name))
-    _draw(param, INITIALISERS[line](config), generator)
+    fill = INITIALISERS[line](config)
+    if line == "memory_conv":  # with signs: a query of (a, b) is not that of (b, a)
+        fill = replace(fill, taps=param.query_tokens)  # type: ignore[attr-defined]
+    _draw(param, fill, torch.Generator().manual_seed(_seed(seed, name)))
 
 
 def init_module(module: nn.Module, config: Architecture, seed: int) -> None:

@@ -8,7 +8,7 @@ from typing import TypedDict
 from torch import nn
 
 from ultramem_ds.config.schema import OptimConfig
-from ultramem_ds.optim.schedule import dense_lr, gain_lr, key_lr, value_lr
+from ultramem_ds.optim.schedule import dense_lr, gain_lr, key_lr, query_lr, value_lr
 
 # role of a parameter -> name of its group
 _GROUP_OF_ROLE = {
@@ -23,6 +23,7 @@ _GROUP_OF_ROLE = {
 SCHEDULES: dict[str, Callable[[int, int, OptimConfig], float]] = {
     "matrices": dense_lr,
     "keys": key_lr,
+    "queries": query_lr,
     "norms": dense_lr,
     "gains": gain_lr,
     "tables": value_lr,
@@ -44,20 +45,23 @@ def build_param_groups(
 ) -> list[ParamGroup]:
     """Sort trainable parameters into groups: disjoint and complete, or an error.
 
-    The memory layers' keys, and the gains of their queries and keys, have groups of their own where
-    their rates are others.
+    What decides the memory layers' addresses (keys, queries, the gains of both) has groups of its
+    own where its rates are others.
 
     Raises:
         ValueError: for a parameter without a known ``role``, or one that appears twice.
     """
     other_rate = {
         "memory_keys": ("keys", optim.key_lr_multiplier),
+        "memory_query": ("queries", optim.query_lr_multiplier),
+        "memory_conv": ("queries", optim.query_lr_multiplier),
         "memory_query_norm": ("gains", optim.gain_lr_multiplier),
         "memory_keys_norm": ("gains", optim.gain_lr_multiplier),
     }
     decay = {
         "matrices": optim.weight_decay,
         "keys": optim.weight_decay,
+        "queries": optim.weight_decay,
         "tables": optim.table_weight_decay,
         "norms": optim.weight_decay if optim.decay_norms else 0.0,
         "gains": optim.weight_decay if optim.decay_norms else 0.0,

@@ -43,6 +43,11 @@ def key_lr(step: int, max_steps: int, optim: OptimConfig) -> float:
     return optim.key_lr_multiplier * dense_lr(step, max_steps, optim)
 
 
+def query_lr(step: int, max_steps: int, optim: OptimConfig) -> float:
+    """Learning rate of what makes queries: ``query_lr_multiplier`` times the dense rate."""
+    return optim.query_lr_multiplier * dense_lr(step, max_steps, optim)
+
+
 def gain_lr(step: int, max_steps: int, optim: OptimConfig) -> float:
     """Learning rate of the gains of queries and keys: ``gain_lr_multiplier`` times the dense."""
     return optim.gain_lr_multiplier * dense_lr(step, max_steps, optim)

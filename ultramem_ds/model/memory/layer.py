@@ -82,7 +82,7 @@ class MemoryLayer(nn.Module):
         super().__init__()
         self.num_rows = memory.num_rows
         self.kernel = memory.kernel
-        self.retrieval = Retrieval(model, memory)
+        self.retrieval = Retrieval(model, memory, table.index)
         self.shuffle = build_shuffle(memory, table.index)
         self.values = table
         self.lookup: Lookup = LocalLookup(self.values, memory.expansion, memory.kernel)

@@ -32,14 +32,17 @@ class CausalConv(nn.Module):
     """Causal depthwise convolution over the sequence (paper section 3.2, trick 4).
 
     Token s sees the inputs of tokens s-k+1..s. The inputs of the last k-1 tokens are the decoding
-    state: (B, k-1, D), zeros before the first token.
+    state: (B, k-1, D), zeros before the first token. It begins with the last ``query_tokens`` taps.
     """
 
-    def __init__(self, hidden_size: int, kernel_size: int, kernel: str = "auto") -> None:
+    def __init__(
+        self, hidden_size: int, kernel_size: int, kernel: str = "auto", query_tokens: int = 1
+    ) -> None:
         super().__init__()
         self.kernel_size = kernel_size
         self.kernel = kernel
         self.weight = nn.Parameter(torch.empty(kernel_size, hidden_size))  # last tap = this token
+        self.weight.query_tokens = query_tokens  # type: ignore[attr-defined]
         tag(self.weight, role="matrix", init="memory_conv")
 
     def forward(
@@ -111,16 +114,21 @@ class QueryEncoder(nn.Module):
 
     Layouts (DESIGN 3.2): ``shared`` D -> 2*d, first d for rows, second for columns, used by all
     heads and ranks; ``per-head`` D -> H*2*d; ``per-head-shared-sides`` D -> H*r*d, one query for
-    both sides, split over the ranks as in eq. 4.
+    both sides, split over the ranks as in eq. 4. ``layer`` is the number of the memory layer.
     """
 
-    def __init__(self, model: ModelConfig, memory: MemoryConfig) -> None:
+    def __init__(self, model: ModelConfig, memory: MemoryConfig, layer: int = 0) -> None:
         super().__init__()
         sizes = {"s": 2, "h": memory.num_heads, "r": memory.tucker_rank}
         self.group_sizes = tuple(sizes[letter] for letter in LAYOUTS[memory.query])
         self.kdim = memory.kdim
         self.conv = (
-            CausalConv(model.hidden_size, memory.query_conv, memory.kernel)
+            CausalConv(
+                model.hidden_size,
+                memory.query_conv,
+                memory.kernel,
+                memory.tokens_of_queries[layer],
+            )
             if memory.query_conv
             else NoConv()
         )

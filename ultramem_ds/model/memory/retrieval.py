@@ -57,11 +57,11 @@ class Selection(NamedTuple):
 
 
 class Retrieval(nn.Module):
-    """Queries, keys and scores of one memory layer: (B, S, D) -> ``Selection``."""
+    """Queries, keys and scores of memory layer ``layer``: (B, S, D) -> ``Selection``."""
 
-    def __init__(self, model: ModelConfig, memory: MemoryConfig) -> None:
+    def __init__(self, model: ModelConfig, memory: MemoryConfig, layer: int = 0) -> None:
         super().__init__()
-        self.query = QueryEncoder(model, memory)
+        self.query = QueryEncoder(model, memory, layer)
         self.form = TuckerCore(memory) if memory.retrieval == "tdqkr" else ProductKey(memory)
         self.keys = ProductKeys(memory, model.norm_eps)
         self.layout = LAYOUTS[memory.query]
