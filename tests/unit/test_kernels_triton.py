@@ -39,7 +39,7 @@ def run_checks(checks, **settings):
     command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider"]
     command.append(str(Path(__file__).with_name(f"kernels_{checks}_checks.py")))
     done = subprocess.run(
-        command, cwd=REPOSITORY, env=environment, capture_output=True, text=True, timeout=300
+        command, cwd=REPOSITORY, env=environment, capture_output=True, text=True, timeout=550
     )
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
 
