@@ -96,7 +96,8 @@ def test_extend(prepared: Path, trained: Path, tmp_path: Path) -> None:
 
 def started_run(source: Path, data: Path, run_dir: Path, kind: str, *words: str) -> str:
     # A step so small that fp32 weights do not move: what the run started from is what it saves.
-    still = ["optim.lr=1e-30", "train.stop_at_step=1"]
+    # Tables too: product keys train theirs at a rate of its own.
+    still = ["optim.lr=1e-30", "optim.value_lr_schedule=decay", "train.stop_at_step=1"]
     options = ["--init-from", str(source)]
     return train(run_dir, data, *still, *words, options=options, nproc=2, kind=kind)
 
@@ -141,18 +142,48 @@ def test_init_from_a_run_of_one_rank(prepared: Path, trained: Path, tmp_path: Pa
 def test_init_from_other_kinds(prepared: Path, tmp_path: Path, kind: str) -> None:
     """ZeRO-1, ZeRO-2 with experts over two ranks, ZeRO-3 with product keys."""
     source, run_dir = tmp_path / "source", tmp_path / "tuned"
-    train(source, prepared, "train.stop_at_step=2", kind=kind)
-    started_run(source, prepared, run_dir, kind, "train.seed=5")
+    shape = ["memory.value_dim=32"] if kind == "pkm" else []  # product keys project no values
+    train(source, prepared, "train.stop_at_step=2", *shape, kind=kind)
+    started_run(source, prepared, run_dir, kind, "train.seed=5", *shape)
     assert_fresh_copy(source, run_dir)
 
 
 @pytest.mark.slow
-def test_init_from_an_exported_directory(prepared: Path, trained: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("partition", ["number-wise", "dimension-wise"])
+def test_init_from_an_exported_directory(
+    prepared: Path, trained: Path, tmp_path: Path, partition: str
+) -> None:
     """What ``export`` wrote for transformers, bit by bit; cut into two files."""
     exported, run_dir = tmp_path / "exported", tmp_path / "tuned"
     words = ["--checkpoint", str(trained), "--output", str(exported), "--dtype", "fp32"]
     result = run_verb("export", *words, "--max-shard-size", "100KB")
     assert result.returncode == 0, result.stderr
-    log = started_run(exported, prepared, run_dir, "ultramem", "train.seed=5")
+    scheme = f"memory.partition={partition}"
+    log = started_run(exported, prepared, run_dir, "ultramem", "train.seed=5", scheme)
     assert f"starting from the weights of {exported}, step 2" in log
     assert_fresh_copy(trained, run_dir)
+
+
+@pytest.mark.slow
+def test_training_goes_on_from_an_imported_run(
+    prepared: Path, trained: Path, tmp_path: Path
+) -> None:
+    """``export``, ``import`` into two ranks, then both ways on: the same directory and a new one."""
+    exported, imported, tuned = (tmp_path / name for name in ("exported", "imported", "tuned"))
+    for verb, source, output, *words in (
+        ("export", ["--checkpoint", str(trained)], exported, "--dtype", "fp32"),
+        ("import", ["--input", str(exported)], imported, "--world-size", "2"),
+    ):
+        result = run_verb(verb, *source, "--output", str(output), *words)
+        assert result.returncode == 0, result.stderr
+    started_run(imported, prepared, tuned, "ultramem", "train.seed=5")
+    assert_fresh_copy(trained, tuned)
+    # In place, on one rank: from step 0, under another learning rate and other data's order.
+    words = ["optim.lr=1e-30", "train.seed=5", "train.stop_at_step=1"]
+    log = train(imported, prepared, *words, options=["--extend"])
+    assert "extended from step 0 on: " in log
+    assert_fresh_copy(trained, imported)
+    # From there on it is a run like any other.
+    train(imported, prepared, "optim.lr=0.002", "train.seed=5", options=["--extend"])
+    assert [r["step"] for r in read_lines(imported / "metrics.jsonl")][-1] == 4
+    assert not torch.equal(*(masters(run)["head.weight"] for run in (imported, trained)))

@@ -23,6 +23,7 @@ from ultramem_ds.exchange.shards import parse_size
 from ultramem_ds.exchange.tokenizer_files import write_tokenizer
 from ultramem_ds.infer.load import load_model
 from ultramem_ds.model.lm import LanguageModel
+from ultramem_ds.sharding.blocks import Block
 
 DOCUMENT = Path(__file__).resolve().parents[2] / "docs" / "export.md"
 
@@ -91,6 +92,29 @@ def test_shards_and_parts(model, run_dir, tmp_path):
         assert sum(t.nbytes for t in tensors.values()) <= max_bytes or len(tensors) == 1
     import_model(out, tmp_path / "run", 2)
     assert_same(model, load_model(tmp_path / "run"))
+
+
+def test_any_block_is_read_out_of_an_export(model, run_dir, whole, tmp_path):
+    """Rows over the seams of parts, and columns, as ranks that share a table hold them."""
+    parts = export_hf(run_dir, tmp_path / "x", "fp32", 2000).directory
+    tables = {name: p.detach() for name, p in model.named_parameters() if ".values." in name}
+    for directory in (whole, parts):
+        weights = open_exported(directory, "--input").weights
+        for name, table_NV in tables.items():
+            rows, width = table_NV.shape
+            for block in (
+                Block(0, rows, 0, width // 2),
+                Block(0, rows, width // 2, width // 2),
+                Block(rows // 3, rows // 2, 3, width - 5),
+                Block(rows // 3, rows // 2, 0, width),
+            ):
+                found_RC = torch.full((block.num_rows, block.num_columns), torch.nan)
+                weights.read(name, block, found_RC)
+                expected_RC = table_NV[block.first_row :, block.first_column :]
+                assert torch.equal(found_RC, expected_RC[: block.num_rows, : block.num_columns]), (
+                    name,
+                    block,
+                )
 
 
 def test_bf16_rounds_weights_and_nothing_else(model, run_dir, whole, tmp_path):

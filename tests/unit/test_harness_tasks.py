@@ -162,3 +162,9 @@ def test_bad_records_are_one_sentence(task, content, message, tmp_path):
     (tmp_path / task / "validation.jsonl").write_text(content)
     with pytest.raises(ValueError, match=message):
         load_tasks([task], tmp_path, len)
+
+
+def test_a_missing_split_is_named_once(tokenizer, toys):
+    """ARC's letters ask for the training split twice: as such, and for their shots."""
+    tasks = load_tasks(["arc_challenge_letter"], toys[0], len)
+    assert tasks.local["arc_challenge_letter"].notes == ["no train split", "no test split"]

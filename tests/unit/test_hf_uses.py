@@ -12,7 +12,7 @@ pytest.importorskip("transformers", reason="the extra hf is not installed")
 pytest.importorskip("peft", reason="the extra hf is not installed")
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
+from transformers import AutoModelForCausalLM, StaticCache, Trainer, TrainingArguments
 
 import ultramem_ds.hf
 from tests.unit.exported_models import KINDS, padded, prompts_of, random_model, write_model
@@ -209,17 +209,50 @@ def test_lora_on_every_linear(exports, tmp_path):
 
 
 @pytest.mark.slow
-def test_compiles_without_graph_breaks(exports):
+@pytest.mark.parametrize("kind", KINDS)
+def test_compiles_without_graph_breaks(exports, kind):
     """A whole forward without a cache, by the tracer alone (no compiler needed)."""
-    for kind in KINDS:
-        model = load(exports / kind)
-        expected = logits_of(model)
-        compiled = torch.compile(model, backend="eager", fullgraph=True)
-        batch = padded(PROMPTS)
-        with torch.no_grad():
-            got = compiled(**batch, use_cache=False).logits
-        assert close(got, expected, 1e-5), kind
+    model = load(exports / kind)
+    expected = logits_of(model)
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    with torch.no_grad():
+        got = compiled(**padded(PROMPTS), use_cache=False).logits
+    assert close(got, expected, 1e-5)
+    torch._dynamo.reset()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", KINDS)
+def test_decoding_with_a_static_cache_compiles_without_graph_breaks(exports, kind):
+    """Prefill and steps of one token, left padding, the convolution's states in the cache."""
+    model = load(exports / kind)
+    batch = padded(PROMPTS)
+    ids, mask = batch["input_ids"], batch["attention_mask"]
+    steps = torch.randint(1, 300, (len(ids), 5), generator=torch.Generator().manual_seed(4))
+    found = []
+    for forward in (model, torch.compile(model, backend="eager", fullgraph=True)):
+        cache = StaticCache(config=model.config, max_cache_len=ids.shape[1] + 5)
+        logits = []
+        for width in range(6):
+            new = ids if width == 0 else steps[:, width - 1 : width]
+            seen = torch.cat([mask, mask.new_ones(len(ids), width)], 1)
+            positions = (seen.cumsum(1) - 1).clamp(min=0)[:, -new.shape[1] :]
+            with torch.no_grad():
+                out = forward(
+                    input_ids=new,
+                    attention_mask=seen,
+                    position_ids=positions,
+                    past_key_values=cache,
+                )
+            logits.append(out.logits[:, -1])
+        found.append(torch.stack(logits))
         torch._dynamo.reset()
+    assert close(found[1], found[0], 1e-5)
+    # And right: one forward over all of it, without a cache.
+    whole = torch.cat([mask, mask.new_ones(len(ids), 5)], 1)
+    with torch.no_grad():
+        expected = model(torch.cat([ids, steps], 1), attention_mask=whole, use_cache=False).logits
+    assert close(found[0], expected[:, ids.shape[1] - 1 :].transpose(0, 1), 1e-5)
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -114,18 +114,19 @@ class ExportedWeights:
 
     def read(self, name: str, block: Block, out_RC: Tensor) -> None:
         """See :class:`WeightSource`."""
-        stored = self._parts[name]
-        if not self._records[name].is_table:
+        stored, record = self._parts[name], self._records[name]
+        if not record.is_table:
             self._read_flat(stored[0], block, out_RC)
             return
         begin = 0
         for each in stored:
             rows = self._shards.shape(each)[0]
-            held = Block(begin, rows, 0, out_RC.shape[1])
+            held = Block(begin, rows, 0, record.block.num_columns)
             part = held.overlap(block)
-            if part.num_rows:
-                values = self._shards.rows(each, part.first_row - begin, part.num_rows)
-                block.cut(out_RC, part).copy_(values)
+            if part.numel:
+                values_RC = self._shards.rows(each, part.first_row - begin, part.num_rows)
+                columns = slice(part.first_column, part.first_column + part.num_columns)
+                block.cut(out_RC, part).copy_(values_RC[:, columns])
             begin += rows
 
     def _read_flat(self, stored: str, block: Block, out_RC: Tensor) -> None:

@@ -64,22 +64,21 @@ def use_files(config: dict[str, Any], task: str, files: dict[str, Path]) -> Loca
         ValueError: no split is there that could be evaluated, or a file is empty or unreadable.
     """
     splits = {split: read_records(path) for split, path in files.items()}
-    notes = []
+    missing: dict[str, None] = {}  # one split may be asked for twice, to test and for shots
     for key in _SPLIT_KEYS:
         split = config.get(key)
         if split is not None and split not in splits:
             config[key] = None
-            notes.append(f"no {split} split")
+            missing[split] = None
     if config.get("test_split") is None and config.get("validation_split") is None:
-        wanted = " or ".join(notes).replace("no ", "").replace(" split", "")
         raise ValueError(
             f"{next(iter(files.values())).parent} has nothing to evaluate {task} on: it needs "
-            f"{wanted}"
+            f"{' or '.join(missing)}"
         )
     config["custom_dataset"] = _returning(splits)
     if config.get("process_docs") is not None:
         config["process_docs"] = remembered(config["process_docs"])
-    return LocalData(files, notes)
+    return LocalData(files, [f"no {split} split" for split in missing])
 
 
 def _returning(splits: dict[str, datasets.Dataset]) -> Callable[..., dict[str, datasets.Dataset]]:
