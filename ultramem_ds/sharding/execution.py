@@ -21,6 +21,8 @@ Work: TypeAlias = Callable[[], Tensor]
 Clock: TypeAlias = Callable[[str], AbstractContextManager[None]]  # runs while a named phase lasts
 
 LOOKUP = "lookup"  # the phase of everything here
+IDLE_S = 60.0  # for an idle worker to end
+STUCK_S = 1.0  # for one whose work waits for ranks that may be gone
 
 
 def no_clock(phase: str) -> AbstractContextManager[None]:
@@ -65,10 +67,12 @@ class ThreadExecutor:
     """One worker thread, for CPU ranks: gloo waits and table reads leave the interpreter free.
 
     The thread is a daemon: a rank that fails elsewhere can exit although its worker still waits in
-    a collective for the others. An idle one ends before the interpreter does.
+    a collective for the others. An idle one ends before the interpreter does, however late a busy
+    machine lets it run: a thread that is still there then aborts the process.
     """
 
     def __init__(self) -> None:
+        self._working = False
         self._queue: queue.SimpleQueue[tuple[Work, Future[Tensor]] | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._serve, name="table-lookups", daemon=True)
         self._thread.start()
@@ -76,7 +80,7 @@ class ThreadExecutor:
 
     def _end(self) -> None:
         self._queue.put(None)
-        self._thread.join(timeout=1.0)
+        self._thread.join(timeout=STUCK_S if self._working else IDLE_S)
 
     def submit(self, work: Work) -> Future[Tensor]:
         """Queues ``work``."""
@@ -87,10 +91,16 @@ class ThreadExecutor:
     def _serve(self) -> None:
         while (item := self._queue.get()) is not None:
             work, future = item
+            self._working = True
             try:
-                future.set_result(work())
+                value = work()
             except BaseException as error:  # raised again where the result is asked for
+                self._working = False
                 future.set_exception(error)
+            else:
+                self._working = False
+                future.set_result(value)
+                del value
             # An idle worker must not keep the last lookup's tensors alive.
             del item, work, future
 
