@@ -16,7 +16,8 @@ KINDS = ("dense", "pkm", "moe", "ultramem")
 # fp32 sums of at most 512 products in another order, through 4 blocks: some 1e-6 of logits up to
 # about 10.
 FP32 = {"rtol": 1e-5, "atol": 1e-4}
-WITHOUT_FLIPS = {"dense": 0.85, "pkm": 0.85, "moe": 0.8, "ultramem": 0.3}  # of positions, bf16
+# Of positions, bf16. With a CPU's own bf16 products (AVX512-BF16) 0.78 of moe's, else 0.9.
+WITHOUT_FLIPS = {"dense": 0.85, "pkm": 0.85, "moe": 0.7, "ultramem": 0.3}
 GREEDY = Sampling(max_new_tokens=5, temperature=0)
 
 

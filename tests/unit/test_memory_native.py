@@ -142,7 +142,7 @@ def test_shuffle_and_split_are_the_formulas(name):
     slots = torch.arange(n * n).view(n, n)
     permuted = shuffle(slots)
     left, right = slots // n, slots % n
-    for table in shuffle._tables(slots.device):
+    for table in shuffle.tables(slots.device):
         left, right = right, (left + table[right]) % n
     assert torch.equal(permuted, left * n + right)
     assert torch.equal(permuted.flatten().sort().values, slots.flatten())
