@@ -24,8 +24,8 @@ _DEBUG_TUNED: dict[str, Overrides] = {
         "memory": {
             "init": "corrected",  # from paper: 4.152 -> 4.109 at a rate of 2e-3
             # Both layers read block 1, the first by token, the second by pair of tokens; from
-            # 1:2/3:4 and tokens alone, with the rates below: 4.097 -> 3.909 after 750 steps. A layer
-            # that knows the token only is a second embedding.
+            # 1:2/3:4 and tokens alone, with the rates below: 4.097 -> 3.909 after 750 steps. A
+            # layer that knows the token only is a second embedding.
             "placement": "1:2/1:4",
             "query_tokens": "1/2",
         },
