@@ -10,6 +10,7 @@ import contextlib
 import os
 import sys
 import threading
+import time
 from collections.abc import Iterator
 
 import psutil
@@ -18,6 +19,7 @@ from ultramem_ds.utils.environment import World, world_of
 from ultramem_ds.utils.ports import free_port, is_taken
 
 WAIT_S = 600.0  # for the last rank to start; machines of a job come up minutes apart
+LOOKS, LOOK_S = 5, 0.2  # at a port that somebody unknown listens at
 
 
 @contextlib.contextmanager
@@ -64,17 +66,30 @@ def _meeting_itself() -> Iterator[None]:
 
 
 def _is_anothers(world: World) -> bool:
-    """Whether something else listens at the port; other ranks see it only on rank 0's machine."""
+    """Whether something else listens at the port; other ranks see it only on rank 0's machine.
+
+    They look more than once: of a socket that rank 0 opens or closes meanwhile nobody can say whose
+    it is.
+    """
     if world.rank == 0:
         return is_taken(world.master_port)
     if world.local_size < world.size:
         return False
-    listeners = [
+    for _ in range(LOOKS):
+        listeners = _listeners(world.master_port)
+        if not listeners or any(_is_rank_0(pid, world) for pid in listeners):
+            return False
+        time.sleep(LOOK_S)
+    return True
+
+
+def _listeners(port: int) -> list[int | None]:
+    """Processes that listen at ``port``; None: nobody can say which."""
+    return [
         connection.pid
         for connection in psutil.net_connections("tcp")
-        if connection.status == psutil.CONN_LISTEN and connection.laddr.port == world.master_port
+        if connection.status == psutil.CONN_LISTEN and connection.laddr.port == port
     ]
-    return bool(listeners) and not any(_is_rank_0(pid, world) for pid in listeners)
 
 
 def _is_rank_0(pid: int | None, world: World) -> bool:
