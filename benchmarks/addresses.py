@@ -1,6 +1,6 @@
 """What a memory layer's addresses depend on, and how long they stay: of a run's checkpoints.
 
-    python benchmarks/addresses.py --data DIR CHECKPOINT [CHECKPOINT ...] [--preset P overrides]
+    python benchmarks/addresses.py --data DIR [--sequences N] CHECKPOINT [CHECKPOINT ...]
 
 Looks up the same validation tokens in every checkpoint. Per memory layer: the share of slots (of a
 head's top-m) that two positions have in common when they hold different tokens, the same token
@@ -20,8 +20,7 @@ import torch
 from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from ultramem_ds.data.loader import BatchLoader
-from ultramem_ds.data.mixture import Mixture
+from benchmarks.natural_rows import whole_batches
 from ultramem_ds.infer.load import load_model
 from ultramem_ds.model.lm import LanguageModel
 from ultramem_ds.telemetry.report import markdown_table
@@ -87,7 +86,9 @@ def main() -> None:
     last: list[Tensor] | None = None
     for path in args.checkpoints:
         model = load_model(path).eval()
-        tokens_BS = _tokens(args.data, model.config.model.seq_len, args.sequences)
+        seq_len = model.config.model.seq_len
+        batch = next(whole_batches(args.data, "validation", seq_len, args.sequences))
+        tokens_BS = batch.tokens[:, :seq_len]
         now = slots_of(model, tokens_BS)
         for index, slots in enumerate(now):
             row = [path.name, str(index)]
@@ -97,21 +98,6 @@ def main() -> None:
         last = now
     names = [name for name, _, _ in pairs(tokens_BS)]
     print(markdown_table(["checkpoint", "layer", *names, "kept since the one before"], rows))
-
-
-def _tokens(data: Path, seq_len: int, sequences: int) -> Tensor:
-    mixture = Mixture(data, "validation", seq_len=seq_len, weights={}, seed=0)
-    loader = BatchLoader(
-        mixture,
-        global_batch_size=sequences,
-        micro_batch_size=sequences,
-        rank=0,
-        world_size=1,
-        num_workers=0,
-    )
-    tokens_BS = next(iter(loader)).tokens
-    loader.close()
-    return tokens_BS[:, :seq_len]
 
 
 if __name__ == "__main__":

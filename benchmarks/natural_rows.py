@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +19,28 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from ultramem_ds.config.load import load_config
 from ultramem_ds.data.loader import BatchLoader
+from ultramem_ds.data.micro_batch import MicroBatch
 from ultramem_ds.data.mixture import Mixture
+from ultramem_ds.data.units import Split
 from ultramem_ds.infer.load import load_model
 from ultramem_ds.model.init import init_module
 from ultramem_ds.model.lm import LanguageModel
+
+
+def whole_batches(data: Path, split: Split, seq_len: int, sequences: int) -> Iterator[MicroBatch]:
+    """Batches of so many sequences, in one process."""
+    loader = BatchLoader(
+        Mixture(data, split, seq_len=seq_len, weights={}, seed=0),
+        global_batch_size=sequences,
+        micro_batch_size=sequences,
+        rank=0,
+        world_size=1,
+        num_workers=0,
+    )
+    try:
+        yield from loader
+    finally:
+        loader.close()
 
 
 def main() -> None:
@@ -51,21 +70,11 @@ def main() -> None:
 
         memory.lookup.start = count
     sequences = args.tokens // config.model.seq_len
-    mixture = Mixture(args.data, "train", seq_len=config.model.seq_len, weights={}, seed=0)
-    loader = BatchLoader(
-        mixture,
-        global_batch_size=sequences,
-        micro_batch_size=sequences,
-        rank=0,
-        world_size=1,
-        num_workers=0,
-    )
-    batches = iter(loader)
+    batches = whole_batches(args.data, "train", config.model.seq_len, sequences)
     with torch.no_grad():
         for _ in range(args.steps):
             batch = next(batches)
             model(batch.tokens, batch.doc_ids, batch.positions)
-    loader.close()
     memory = config.memory
     shape = f"{sequences} x {config.model.seq_len} tokens, K {memory.rows_per_token}"
     print(f"{shape}, N {memory.num_rows:,}")

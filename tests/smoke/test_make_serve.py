@@ -7,18 +7,16 @@ import json
 import os
 import shutil
 import signal
-import socket
 import subprocess
-import time
-import urllib.error
-import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from tests.dist.launching import ROOT
+from tests.servers import wait_for
 from tests.unit.exported_models import greedy, random_model, small_tokenizer, write_model
+from ultramem_ds.utils.ports import free_port
 
 VLLM_VENV = Path(os.environ.get("VLLM_VENV", ROOT / ".venv-vllm"))
 START_S = 580.0  # imports take most of it, on a busy machine many times over
@@ -54,17 +52,9 @@ def model():
 
 
 @pytest.fixture(scope="module")
-def port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        number: int = probe.getsockname()[1]
-    return number
-
-
-@pytest.fixture(scope="module")
-def server(model, port: int, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+def server(model, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """The two environments are taken as they are."""
-    root = tmp_path_factory.mktemp("serve")
+    root, port = tmp_path_factory.mktemp("serve"), free_port()
     run_dir = write_model(model, root / f"served-{port}")
     kept = [str(ROOT / ".venv" / ".installed"), ".venv/.installed", f"{VLLM_VENV}/.installed"]
     command = ["make", *(word for file in kept for word in ("-o", file)), "serve"]
@@ -76,7 +66,7 @@ def server(model, port: int, tmp_path_factory: pytest.TempPathFactory) -> Iterat
             command, cwd=ROOT, stdout=output, stderr=output, start_new_session=True
         )
     try:
-        wait_for(f"http://127.0.0.1:{port}/health", process, log)
+        wait_for(f"http://127.0.0.1:{port}/health", process, log, START_S)
         yield f"http://127.0.0.1:{port}/v1"
     finally:
         for number in (signal.SIGTERM, signal.SIGKILL):
@@ -85,17 +75,6 @@ def server(model, port: int, tmp_path_factory: pytest.TempPathFactory) -> Iterat
             with contextlib.suppress(subprocess.TimeoutExpired):
                 process.wait(timeout=60)
         shutil.rmtree(ROOT / "runs" / "serve" / run_dir.name, ignore_errors=True)
-
-
-def wait_for(url: str, process: subprocess.Popen, log: Path) -> None:
-    end = time.monotonic() + START_S
-    while time.monotonic() < end and process.poll() is None:
-        try:
-            with urllib.request.urlopen(url, timeout=5):
-                return
-        except (urllib.error.URLError, ConnectionError, TimeoutError):
-            time.sleep(1)
-    raise AssertionError(f"the server did not start:\n{log.read_text()[-4000:]}")
 
 
 @pytest.fixture(scope="module")

@@ -5,22 +5,19 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
-import socket
 import subprocess
 import sys
-import time
-import urllib.error
-import urllib.request
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 
 pytest.importorskip("vllm", reason="vLLM has an environment of its own: make test-vllm")
 from openai import OpenAI
 
+from tests.servers import wait_for
 from tests.unit.exported_models import greedy, prompts_of
 from tests.vllm.conftest import BLOCK_SIZE
+from ultramem_ds.utils.ports import free_port
 
 START_S = 500.0  # imports take most of it, on a busy machine many times over
 
@@ -28,9 +25,7 @@ START_S = 500.0  # imports take most of it, on a busy machine many times over
 @pytest.fixture(scope="module")
 def server(export, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """URL of a server of the UltraMem export."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     log = tmp_path_factory.mktemp("server") / "log"
     command = [
         sys.executable, "-m", "vllm.entrypoints.openai.api_server",
@@ -44,7 +39,7 @@ def server(export, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
             command, stdout=output, stderr=output, env=environment, start_new_session=True
         )
     try:
-        wait_for(f"http://127.0.0.1:{port}/health", process, log)
+        wait_for(f"http://127.0.0.1:{port}/health", process, log, START_S)
         yield f"http://127.0.0.1:{port}/v1"
     finally:
         process.terminate()
@@ -52,17 +47,6 @@ def server(export, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
             process.wait(timeout=60)
         with contextlib.suppress(ProcessLookupError):  # a server stopped while it starts lingers
             os.killpg(process.pid, signal.SIGKILL)
-
-
-def wait_for(url: str, process: subprocess.Popen, log: Path) -> None:
-    end = time.monotonic() + START_S
-    while time.monotonic() < end and process.poll() is None:
-        try:
-            with urllib.request.urlopen(url, timeout=5):
-                return
-        except (urllib.error.URLError, ConnectionError):
-            time.sleep(1)
-    raise AssertionError(f"the server did not start:\n{log.read_text()[-4000:]}")
 
 
 def test_completions(server: str, export):

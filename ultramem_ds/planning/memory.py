@@ -121,8 +121,8 @@ def _dense(config: Config, world_size: int, zero: Mapping[str, Any]) -> _Held:
         bucket *= 2 if zero.get("overlap_comm") else 1
         gradients = GRADIENT_BYTES * mine
         return _Held(width * dense, gradients, optimizer, bucket, gradients)
-    # bf16: a backward's own gradients and their fp32 copies beside the sums (151M: 0.96 GB over
-    # what is held between steps). fp32: the step's copy of this rank's.
+    # bf16: a backward's own gradients and their fp32 copies beside the sums. fp32: the step's copy
+    # of this rank's.
     held = _Held(width * dense, GRADIENT_BYTES * dense, optimizer)
     if width == 2:
         return replace(held, buffers=(width + GRADIENT_BYTES) * dense)
