@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -165,3 +166,13 @@ def test_a_launcher_sorts_its_ranks_lines(tmp_path: Path) -> None:
         Sorter(source, os.dup(console.fileno()), kept).finish(10.0)
     assert (tmp_path / "console").read_text().splitlines() == OURS
     assert [line.decode().rstrip("\n") for line in kept] == LIBRARY
+
+
+def test_a_pipe_whose_reader_has_left_is_no_error():
+    """``ultramem-ds count | head`` and the like."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    command = [sys.executable, "-m", "ultramem_ds", "count"]
+    found = subprocess.run(command, stdout=writer, stderr=subprocess.PIPE, check=False)
+    os.close(writer)
+    assert (found.stderr, found.returncode) == (b"", 128 + signal.SIGPIPE)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import importlib
 import os
+import select
 import signal
 import sys
 import time
@@ -83,14 +84,29 @@ def _say(error: Exception) -> None:
     print(f"{whose}: {error}", file=sys.stderr, flush=True)
 
 
+def _nobody_reads() -> bool:
+    """Whether it is stdout's pipe that broke, and not one between this program's processes."""
+    poll = select.poll()
+    poll.register(sys.stdout.fileno(), 0)
+    return any(events & select.POLLERR for _, events in poll.poll(0))
+
+
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one verb; a ``ValueError`` or ``OSError`` becomes one line and exit code 2."""
+    """Run one verb; a ``ValueError`` or ``OSError`` becomes one line and exit code 2.
+
+    Where the reader of a pipe has left (``| head``) there is nobody to tell.
+    """
     argv = list(sys.argv[1:] if argv is None else argv)
     verb = argv[0] if argv else ""
     try:
         arguments = build_parser([verb] if verb in VERBS else tuple(VERBS)).parse_args(argv)
-        return int(arguments.run(arguments))
+        code = int(arguments.run(arguments))
+        sys.stdout.flush()
+        return code
     except (ValueError, OSError) as error:
+        if isinstance(error, BrokenPipeError) and _nobody_reads():
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            return 128 + signal.SIGPIPE
         if os.environ.get("ULTRAMEM_TRACEBACK"):
             raise
         _say(error)

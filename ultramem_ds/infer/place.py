@@ -19,7 +19,6 @@ from ultramem_ds.infer.source import Source
 from ultramem_ds.model.lm import LanguageModel
 from ultramem_ds.sharding.comm import Comm
 from ultramem_ds.utils.environment import adopt
-from ultramem_ds.zero.runtime import runtime
 
 
 @dataclass(frozen=True)
@@ -73,5 +72,7 @@ def place() -> Iterator[Place]:
     if adopt().size == 1:
         yield Place(torch.device("cuda" if torch.cuda.is_available() else "cpu"), None)
         return
+    from ultramem_ds.zero.runtime import runtime  # DeepSpeed, which one process does not need
+
     with runtime() as ranks:
         yield Place(ranks.device, Comm())
