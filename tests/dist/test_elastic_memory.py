@@ -71,5 +71,6 @@ def test_loading_holds_the_shard_and_a_block(tmp_path: Path, optimizer: str) -> 
         shard = TABLE_BYTES // world_size
         moments = 2 * shard if optimizer == "dense" else 0  # row-sparse made them when building
         for peak, after in run_ranks(growth_while_loading, world_size, target):
-            assert after >= moments, "the test measures nothing"
+            # Some pages of what was built may have gone back to the system meanwhile.
+            assert after >= moments - SLACK_BYTES, "the test measures nothing"
             assert peak <= moments + CHUNK_BYTES + SLACK_BYTES, (world_size, optimizer)
