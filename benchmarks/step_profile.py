@@ -4,7 +4,7 @@
 
 The step is that of ``bench step`` (``--shape``, one rank). Prints one line per CUDA runtime call
 that launches, copies or waits: how often per step, and the host's time in it; then how long the
-device computed. Without a GPU it counts torch's operators instead.
+device computed. Without a GPU: torch's operators, the longest first.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ def count(rank: int, world_size: int, bench: StepBenchConfig, steps: int) -> lis
         busy = sum(row["device_ms"] for row in rows)
         rows = [row for row in rows if any(part in row["name"] for part in RUNTIME)]
         rows.append({"name": "device busy", "per_step": 1.0, "host_ms": 0.0, "device_ms": busy})
-    return sorted(rows, key=lambda row: -row["per_step"])
+    return sorted(rows, key=lambda row: -row["per_step" if cuda else "host_ms"])
 
 
 def main() -> None:

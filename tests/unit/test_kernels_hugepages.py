@@ -3,6 +3,9 @@
 import ctypes
 import mmap
 import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -42,3 +45,26 @@ def test_resident_zeros_are_in_memory_at_once() -> None:
     # The system may take a few back at any time.
     assert sum(page & 1 for page in resident) >= 0.9 * pages
     assert zeros_RV.shape == (1 << 16, 128) and not zeros_RV.any()
+
+
+@pytest.mark.skipif(
+    not Path("/sys/kernel/mm/transparent_hugepage/enabled").exists()
+    or "[never]" in Path("/sys/kernel/mm/transparent_hugepage/enabled").read_text(),
+    reason="no huge pages here",
+)
+@pytest.mark.parametrize("asked", [None, "0"])
+def test_a_commands_tensors_take_huge_pages_unless_told_not_to(asked: str | None) -> None:
+    script = """
+from ultramem_ds.cli.main import main
+main(["count", "--preset", "dense-debug"])
+import torch
+from ultramem_ds.kernels.hugepages import huge_page_bytes
+print("bytes", huge_page_bytes(torch.zeros(1 << 24)))
+"""
+    environment = {k: v for k, v in os.environ.items() if k != "THP_MEM_ALLOC_ENABLE"}
+    if asked is not None:
+        environment["THP_MEM_ALLOC_ENABLE"] = asked
+    done = subprocess.run(
+        [sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=True
+    )
+    assert (int(done.stdout.split()[-1]) > 0) == (asked is None)
