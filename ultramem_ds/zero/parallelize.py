@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass
 from typing import Any
 
 from ultramem_ds.checkpoint.state import OptimizerState, OwnState
-from ultramem_ds.config.deepspeed import offload_device, zero_stage
+from ultramem_ds.config.deepspeed import kept_from_offload, offload_device, zero_stage
 from ultramem_ds.config.schema import Config
 from ultramem_ds.model.compiling import compile_blocks
 from ultramem_ds.model.recompute import recompute_blocks
@@ -74,6 +75,8 @@ def parallelize(
     ``clock`` is told when a lookup keeps its caller waiting.
     """
     prepare_offload(engine_config, ranks.rank)
+    if ranks.is_main and (kept := kept_from_offload(engine_config, config)):
+        print(kept, file=sys.stderr, flush=True)
     groups = _table_groups(config, ranks, clock) if config.has_memory else None
     partition = ""
     if groups is not None:
