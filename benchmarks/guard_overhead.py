@@ -78,6 +78,7 @@ class Switch:
         self.engine.gate = self.gate if on else NoGate(self.engine)  # type: ignore[assignment]
         engine_module.poison_unless_finite = self.poison if on else lambda loss: loss
         self.engine.statistics.every = self.stats_every if on else 0
+        self.engine.gradient_statistics.every = self.stats_every if on else 0
         if on:
             with Watchdog(self.run_dir, self.ranks, self.engine.phases, 600.0):
                 yield

@@ -26,7 +26,7 @@ def results_body(rank: int, world_size: int, legs: list[Leg]) -> list[list[dict[
         steps = []
         for step in range(STEPS):
             result = engine.train_step(batches, step)
-            kept = {k: v for k, v in result.memory.items() if k.split("/")[-1] not in SAMPLED}
+            kept = {k: v for k, v in result.statistics.items() if k.split("/")[-1] not in SAMPLED}
             steps.append(
                 {
                     "loss": result.loss,
@@ -50,7 +50,8 @@ def ultramem(sequences_per_forward: int, *overrides: str) -> Leg:
 
 def moe(*overrides: str) -> Leg:
     """The balance loss is of a forward's tokens: all ranks take forwards of two sequences."""
-    return leg("moe", "moe.num_experts=3", "moe.balance_loss_weight=0.1", *overrides)
+    sizes = ("moe.num_experts=3", "memory.stats_every=2")
+    return leg("moe", *sizes, "moe.balance_loss_weight=0.1", *overrides)
 
 
 def leg(kind: str, *overrides: str) -> Leg:
@@ -69,6 +70,8 @@ def test_ranks_sub_groups_and_accumulation_report_what_one_rank_does() -> None:
     on_four = run_ranks(results_body, 4, [groups, row_sparse, moe(), in_pairs])
     names = alone[0][1].keys() - alone[0][0].keys()
     assert {"layer_0/rows_touched", "layer_0/output_std", "layer_0/slots_kl"} <= names
+    assert {f"grad_snr/{kind}" for kind in ("tables", "keys", "queries", "dense")} <= names
+    assert {"grad_snr/experts", "grad_snr/dense"} <= alone[1][1].keys()
     assert alone[0][0]["aux_loss"] > 0 and alone[1][0]["balance_loss"] > 0
     comparisons = [
         *((f"two ranks, {i}", ranks[i], alone[i]) for ranks in on_two for i in range(2)),

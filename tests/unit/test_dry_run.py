@@ -58,6 +58,19 @@ def test_problems_are_named(prepared: Path, tmp_path: Path) -> None:
     assert "use 2 ranks or this" in problems({**small, "ways_to_fit": ["2 ranks", "this"]})[0]
 
 
+def test_what_offload_does_not_move_is_said(
+    prepared: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ["train", "--preset", "ultramem-debug", "--data", str(prepared), "--dry-run"]
+    command += ["--run-dir", str(tmp_path / "run")]
+    command += ["--deepspeed", "ultramem_zero3_cpu_offload.json"]
+    words = "memory.table_optimizer=row-sparse keeps masters and moments where the tables are"
+    for optimizer, said in (("dense", False), ("row-sparse", True)):
+        chosen = [*RUN_OVERRIDES, f"memory.table_optimizer={optimizer}"]
+        assert main([*command, *chosen]) == 0
+        assert (words in capsys.readouterr().out) == said
+
+
 def test_durations() -> None:
     assert duration(7) == "0:00:07"
     assert duration(3 * 86_400 + 4 * 3600 + 5 * 60 + 6) == "3d 4:05:06"

@@ -2,10 +2,12 @@
 
 import json
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
 from ultramem_ds.cli.main import main
+from ultramem_ds.config.deepspeed import kept_from_offload, load_deepspeed_json
 from ultramem_ds.config.load import load_config
 from ultramem_ds.config.presets import PRESETS, preset
 from ultramem_ds.model.accounting import count
@@ -14,6 +16,7 @@ from ultramem_ds.planning.crossover import RANKS, WIDTHS, byte_ratio
 from ultramem_ds.planning.experts import expert_layout
 from ultramem_ds.planning.planner import make_plan, resolve_partition
 from ultramem_ds.sharding.table_plan import SCHEMES
+from ultramem_ds.train.fitting import device_bytes
 
 
 def test_auto_takes_the_least_predicted_time():
@@ -92,6 +95,26 @@ def test_table_gradients_are_held_whole_or_by_row():
     # Two of them: the sum has room for twice its rows. Very many: for every row, no more.
     assert of_rows(4) == pytest.approx(row * once * (4 * 4 + 4 + 4), rel=1e-2)
     assert of_rows(1 << 20) == pytest.approx(row * (4 * memory.num_rows + 8 * once), rel=1e-3)
+
+
+@pytest.mark.parametrize(("precision", "per_value"), [("fp32", 8), ("bf16", 12)])
+def test_offload_leaves_row_sparse_tables_where_they_are(precision, per_value):
+    """Two moments, and a master beside bf16 values, of every row; DeepSpeed holds none of them."""
+    offload = load_deepspeed_json(Path("ultramem_zero3_cpu_offload.json"), "ultramem")
+    names = {"dense": 0, "row-sparse": 2 * 192 * 192 * 64 * per_value // 2}  # two tables, two ranks
+    for optimizer, own in names.items():
+        overrides = [f"memory.table_optimizer={optimizer}", f"train.precision={precision}"]
+        config = load_config("ultramem-debug", overrides)
+        plan = make_plan(config, 2, offload)
+        assert plan.own_optimizer_bytes == own
+        everything = plan.memory.total
+        assert device_bytes(plan, offload, on_gpu=False) == everything
+        assert device_bytes(plan, offload, on_gpu=True) == everything - plan.memory.optimizer + own
+        said = kept_from_offload(offload, config)
+        assert bool(said) == bool(own) and (not own or f"table_optimizer={optimizer}" in said)
+        assert kept_from_offload({}, config) == ""
+    dense = load_config("dense-debug", ["memory.table_optimizer=row-sparse"])
+    assert kept_from_offload(offload, dense) == "" and make_plan(dense, 2).own_optimizer_bytes == 0
 
 
 def test_the_wire_follows_the_precision():

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import math
 import os
-from dataclasses import replace
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +16,7 @@ import torch
 
 from ultramem_ds.config.load import load_config
 from ultramem_ds.config.schema import MemoryConfig
+from ultramem_ds.planning import rates
 from ultramem_ds.planning.memory import value_bytes
 from ultramem_ds.planning.partition import decide_partition
 from ultramem_ds.planning.rates import ASSUMED, machine_kind, planned_rates, run_rates
@@ -57,6 +61,7 @@ def test_rates_are_positive_or_auto(rate: float) -> None:
 def rates_body(rank: int, world_size: int, cache: Path) -> dict[str, Any]:
     """Two starts whose ranks see caches of their own, and the choice at two extremes of rates."""
     os.environ["TORCH_EXTENSIONS_DIR"] = str(cache / str(rank))
+    rates.MOST_SPREAD = math.inf  # kept, however busy this machine is
     world, groups = Comm(), make_groups()
     config = load_config("ultramem-debug")
     memory = config.memory
@@ -67,7 +72,8 @@ def rates_body(rank: int, world_size: int, cache: Path) -> dict[str, Any]:
     if rank == 1:  # what this rank finds is not what rank 0 finds
         kind = machine_kind(CPU, world_size, world_size, memory.value_dim * 4)
         stored.parent.mkdir(parents=True, exist_ok=True)
-        stored.write_text(json.dumps({kind: [1e-9, 1e9]}))
+        other = rates.Measured(1e-9, 1e9, 1.0, time.time())
+        stored.write_text(json.dumps({kind: asdict(other)}))
     second = run_rates(memory, world, groups.shard, CPU, value_bytes(config))
     chosen = []
     for wire, rows in ((0.001, 1000.0), (1000.0, 0.001)):
@@ -99,3 +105,91 @@ def test_ranks_measure_once_and_rank_0_decides(tmp_path: Path) -> None:
     assert zero["chosen"] == one["chosen"]
     slow_wire, slow_memory = zero["chosen"]
     assert slow_wire == "dimension-wise" != slow_memory  # which reads twice as many cache lines
+
+
+class OneRank:
+    """A group of one rank."""
+
+    rank, world_size = 0, 1
+
+    def from_first(self, value: Any) -> Any:
+        return value
+
+
+KIND = "some machine"
+
+
+@pytest.fixture
+def file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
+    monkeypatch.setattr(rates, "machine_kind", lambda *_: KIND)
+    return tmp_path / "ultramem_ds" / "rates.json"
+
+
+def start(monkeypatch: pytest.MonkeyPatch, *repetitions: tuple[float, float]) -> rates.Rates:
+    """The rates of one start, where measuring would give these (wire, memory), one by one."""
+    left: Iterator[tuple[float, float]] = iter(repetitions)
+    monkeypatch.setattr(rates, "measure_once", lambda *_: next(left))
+    comm: Any = OneRank()
+    found = run_rates(MemoryConfig(), comm, comm, CPU, 4)
+    assert not list(left)  # all of them were asked for
+    return found
+
+
+def test_repetitions_that_agree_are_kept_and_the_best_counts(
+    file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = start(monkeypatch, (2.0, 8.0), (2.4, 10.0), (2.2, 9.0))
+    assert (first.wire_gb_per_s, first.memory_gb_per_s) == (2.4, 10.0)
+    assert first.source == f"measured now, kept in {file}"
+    entry = json.loads(file.read_text())[KIND]
+    assert entry["spread"] == 1.25 and abs(time.time() - entry["measured_s"]) < 60
+    again = start(monkeypatch)
+    assert (again.wire_gb_per_s, again.memory_gb_per_s) == (2.4, 10.0)
+    assert "earlier start" in again.source
+
+
+def test_repetitions_that_disagree_are_used_once_and_not_kept(
+    file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One rate that jumps is enough."""
+    noisy = start(monkeypatch, (2.0, 8.0), (2.0, 2.0), (2.0, 6.0))
+    assert (noisy.wire_gb_per_s, noisy.memory_gb_per_s) == (2.0, 8.0)
+    assert "not kept: 3 repetitions differ by a factor of 4.0" in str(noisy)
+    assert not file.exists()
+    quiet = start(monkeypatch, *[(2.0, 9.0)] * 3)
+    assert quiet.memory_gb_per_s == 9.0 and file.exists()
+
+
+def test_what_was_kept_is_measured_anew_after_a_while(
+    file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    start(monkeypatch, *[(1.0, 1.0)] * 3)  # busy, evenly: nothing gives it away
+    now = time.time()
+    monkeypatch.setattr(time, "time", lambda: now + 6 * 86400)
+    assert start(monkeypatch).wire_gb_per_s == 1.0
+    monkeypatch.setattr(time, "time", lambda: now + 8 * 86400)
+    assert start(monkeypatch, *[(3.0, 3.0)] * 3).wire_gb_per_s == 3.0
+
+
+@pytest.mark.parametrize(
+    "entry", [[2.0, 8.0], {"wire_gb_per_s": 1.0}, "x", None, dict.fromkeys(("a", "b"), 1)]
+)
+def test_an_entry_of_another_form_is_measured_anew(
+    file: Path, monkeypatch: pytest.MonkeyPatch, entry: Any
+) -> None:
+    """As versions before wrote it, or by hand."""
+    file.parent.mkdir()
+    file.write_text(json.dumps({KIND: entry, "another": [1.0, 1.0]}))
+    assert "measured now" in start(monkeypatch, *[(2.0, 8.0)] * 3).source
+    assert json.loads(file.read_text())["another"] == [1.0, 1.0]
+
+
+@pytest.mark.parametrize("wire", [0, -1.0, float("inf"), "1"])
+def test_an_entry_that_is_no_rate_is_measured_anew(
+    file: Path, monkeypatch: pytest.MonkeyPatch, wire: Any
+) -> None:
+    entry = {"wire_gb_per_s": wire, "memory_gb_per_s": 1.0, "spread": 1.0, "measured_s": 1e12}
+    file.parent.mkdir()
+    file.write_text(json.dumps({KIND: entry}))
+    assert start(monkeypatch, *[(2.0, 8.0)] * 3).wire_gb_per_s == 2.0

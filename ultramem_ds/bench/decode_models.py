@@ -28,7 +28,7 @@ from ultramem_ds.kernels.cpu import PANEL
 from ultramem_ds.kernels.hugepages import advise_huge_pages
 from ultramem_ds.model.init import init_parameter
 from ultramem_ds.model.lm import LanguageModel, StepInputs
-from ultramem_ds.model.memory.layer import Locate, Located
+from ultramem_ds.model.memory.layer import Locate, Located, Sought
 from ultramem_ds.model.transformer import Attention, AttentionContext, Block, KVSlot
 
 Routing: TypeAlias = Literal["forced-uniform", "iid-uniform", "own"]
@@ -159,15 +159,9 @@ class ForcedLocate:
         rows_NTK, projectors_NTK = draws_NTK % num_rows, draws_NTK // num_rows
         self.draws = cycle(list(zip(draws_NTK, rows_NTK, projectors_NTK)))
 
-    def __call__(
-        self,
-        x_BSD: Tensor,
-        doc_boundaries_BS: Tensor | None,
-        conv_state: Tensor | None,
-        recall_tokens: int,
-    ) -> Located:
+    def __call__(self, sought: Sought) -> Located:
         """Own scores, forced rows."""
-        own = self.locate(x_BSD, doc_boundaries_BS, conv_state, recall_tokens)
+        own = self.locate(sought)
         return Located(own.selection, *next(self.draws))
 
 
@@ -353,15 +347,8 @@ def count_touched(
     return sum(experts) / max(1, len(experts)), sum(rows) / max(1, len(rows))
 
 
-def _locate_counting(
-    locate: Locate,
-    counts: list[int],
-    x_BSD: Tensor,
-    doc_boundaries_BS: Tensor | None,
-    conv_state: Tensor | None,
-    recall_tokens: int,
-) -> Located:
+def _locate_counting(locate: Locate, counts: list[int], sought: Sought) -> Located:
     """``locate``, with its distinct rows counted."""
-    found = locate(x_BSD, doc_boundaries_BS, conv_state, recall_tokens)
+    found = locate(sought)
     counts.append(found.rows_TK.unique().numel())
     return found

@@ -87,6 +87,18 @@ def offload_device(values: dict[str, Any], what: str = "offload_optimizer") -> s
     return str(values.get("zero_optimization", {}).get(what, {}).get("device", "none"))
 
 
+def kept_from_offload(values: dict[str, Any], config: Config) -> str:
+    """What ``offload_optimizer`` leaves on the device, in words; empty if nothing."""
+    optimizer, device = config.memory.table_optimizer, offload_device(values)
+    if device == "none" or not config.has_memory or optimizer == "dense":
+        return ""
+    return (
+        f"offload_optimizer moves the state of all but value tables to {device}: "
+        f"memory.table_optimizer={optimizer} keeps masters and moments where the tables are, dense "
+        "would not"
+    )
+
+
 def check_stage(kind: Kind, stage: int) -> None:
     """Refuse combinations of model kind and ZeRO stage that cannot work.
 

@@ -12,7 +12,7 @@ from ultramem_ds.kernels import resolve
 from ultramem_ds.kernels.finding import Norm, RowFinder
 from ultramem_ds.model.memory.expansion import BijectionShuffle, IdentityShuffle, StoredShuffle
 from ultramem_ds.model.memory.keys import Fingerprint
-from ultramem_ds.model.memory.layer import Located, MemoryLayer
+from ultramem_ds.model.memory.layer import Located, MemoryLayer, Sought
 from ultramem_ds.model.memory.query import CausalConv
 from ultramem_ds.model.memory.retrieval import Selection
 from ultramem_ds.model.memory.scores import ScoreForm
@@ -36,19 +36,14 @@ class FusedLocate:
         self._finder: RowFinder | None = None
         self._no_loss: Tensor | None = None
 
-    def __call__(
-        self,
-        x_BSD: Tensor,
-        doc_boundaries_BS: Tensor | None,
-        conv_state: Tensor | None,
-        recall_tokens: int,
-    ) -> Located:
+    def __call__(self, sought: Sought) -> Located:
         """See ``model.memory.layer.Locate``."""
+        x_BSD, doc_boundaries_BS, conv_state, recall_tokens = sought
         layer = self._layer
         conv = layer.retrieval.query.conv
         starts = isinstance(conv, CausalConv) and conv_state is None
         if x_BSD.shape[1] != 1 or starts or recall_tokens or torch.is_grad_enabled():
-            return layer.retrieve_and_split(x_BSD, doc_boundaries_BS, conv_state, recall_tokens)
+            return layer.retrieve_and_split(sought)
         finder = self._current()
         begins_B = None if doc_boundaries_BS is None else doc_boundaries_BS.flatten()
         kernel = resolve(layer.kernel, x_BSD.device)

@@ -33,6 +33,7 @@ from torch import Tensor
 from ultramem_ds.config.schema import OptimConfig
 from ultramem_ds.kernels import row_adam_
 from ultramem_ds.kernels.hugepages import resident_zeros
+from ultramem_ds.optim.gradient_signal import MomentSums, row_sums, signal_and_power
 
 NEGLIGIBLE = 1e-17  # rho^k below this moves nothing in fp32
 SETTLE_ROWS = 1 << 16  # rows brought up to date at a time
@@ -50,6 +51,8 @@ class LazyRowAdam:
         step: updates taken.
         exp_avg_RV: first moments, fp32.
         exp_avg_sq_RV: second moments, fp32.
+        updates_R: updates that each row's moments have seen, int32; after a load all of them are
+            taken to have seen every one.
     """
 
     def __init__(self, values: Callable[[], Tensor], optim: OptimConfig, kernel: str) -> None:
@@ -64,6 +67,7 @@ class LazyRowAdam:
             self._master_RV = make_zeros().copy_(now_RV)
         self.exp_avg_RV = make_zeros()
         self.exp_avg_sq_RV = make_zeros()
+        self.updates_R = torch.zeros(len(now_RV), dtype=torch.int32, device=now_RV.device)
 
     @property
     def master_RV(self) -> Tensor:
@@ -98,11 +102,26 @@ class LazyRowAdam:
             grad_scale=grad_scale,
             kernel=self.kernel,
         )
+        self.updates_R[rows_U] += 1
         self._follow(rows_U)
+
+    def signal_and_power(self) -> Tensor:
+        """See :mod:`ultramem_ds.optim.gradient_signal`: (2,) float64, over the steps that touched
+        a row; one pass over the shard, which changes nothing.
+        """
+        total = torch.zeros(2, dtype=torch.float64, device=self.exp_avg_RV.device)
+        for sums in row_sums(self.exp_avg_RV, self.exp_avg_sq_RV, self.updates_R):
+            total += signal_and_power(self._now(sums), self.optim.beta1, self.optim.beta2)
+        return total
+
+    def _now(self, sums: MomentSums) -> MomentSums:
+        """Of moments that all steps so far have reached."""
+        return sums
 
     def set_step(self, step: int) -> None:
         """After values and moments have been loaded: all rows are at ``step``."""
         self.step = step
+        self.updates_R.fill_(step)
         if self._master_RV is not None:
             self.values().copy_(self._master_RV)
 
@@ -131,7 +150,6 @@ class CatchUpRowAdam(LazyRowAdam):
         rho = optim.beta1 / math.sqrt(optim.beta2)
         self._window = math.ceil(math.log(NEGLIGIBLE) / math.log(rho))
         self._powers = rho ** torch.arange(self._window, 0, -1, dtype=torch.float64)
-        self._last_R = torch.zeros(len(values()), dtype=torch.int32, device=values().device)
         self._restart()
 
     def _restart(self) -> None:
@@ -144,7 +162,6 @@ class CatchUpRowAdam(LazyRowAdam):
     def set_step(self, step: int) -> None:
         """See :class:`LazyRowAdam`."""
         super().set_step(step)
-        self._last_R.fill_(step)
         self._restart()
 
     def update(self, rows_U: Tensor, grad_UV: Tensor, lr: float, grad_scale: float) -> None:
@@ -154,7 +171,6 @@ class CatchUpRowAdam(LazyRowAdam):
         """
         self.refresh(rows_U)
         super().update(rows_U, grad_UV, lr, grad_scale)
-        self._last_R[rows_U] = self.step
         self._append(lr)
 
     def _append(self, lr: float) -> None:
@@ -178,7 +194,7 @@ class CatchUpRowAdam(LazyRowAdam):
         self.exp_avg_RV.index_copy_(0, rows_U, avg_UV)
         self.exp_avg_sq_RV.index_copy_(0, rows_U, avg_sq_UV)
         self.master_RV.index_copy_(0, rows_U, values_UV)
-        self._last_R[rows_U] = self.step
+        self.updates_R[rows_U] = self.step
         self._follow(rows_U)
 
     def read(self, rows_U: Tensor) -> Tensor:
@@ -190,12 +206,12 @@ class CatchUpRowAdam(LazyRowAdam):
         return values_UV
 
     def _stale(self, rows_U: Tensor) -> Tensor:
-        return self._last_R.index_select(0, rows_U) < self.step
+        return self.updates_R.index_select(0, rows_U) < self.step
 
     def _caught_up(self, rows_U: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Values and both moments (U, V) of stale rows as dense AdamW has them now."""
         optim, device = self.optim, rows_U.device
-        last_U = self._last_R.index_select(0, rows_U).long()
+        last_U = self.updates_R.index_select(0, rows_U).long()
         since_U = (last_U - self._base).cpu()
         log_decay_now = self._log_decay[self.step - self._base]
         decay_U1 = torch.exp(log_decay_now - self._log_decay[since_U])[:, None]
@@ -215,11 +231,20 @@ class CatchUpRowAdam(LazyRowAdam):
 
     def settle(self) -> None:
         """See :class:`LazyRowAdam`; afterwards the schedule so far is not needed any more."""
-        num_rows = len(self._last_R)
+        num_rows = len(self.updates_R)
         for first in range(0, num_rows, SETTLE_ROWS):
             end = min(num_rows, first + SETTLE_ROWS)
-            self.refresh(torch.arange(first, end, device=self._last_R.device))
+            self.refresh(torch.arange(first, end, device=self.updates_R.device))
         self._restart()
+
+    def _now(self, sums: MomentSums) -> MomentSums:
+        """See :class:`LazyRowAdam`: zero gradients of the skipped steps are still to come."""
+        gap_N = (self.step - sums.updates_N).double()
+        return MomentSums(
+            sums.squares_N * self.optim.beta1 ** (2 * gap_N),
+            sums.avg_sq_N * self.optim.beta2**gap_N,
+            torch.full_like(sums.updates_N, self.step),
+        )
 
 
 ROW_OPTIMIZERS = {"row-sparse": LazyRowAdam, "row-sparse-catch-up": CatchUpRowAdam}

@@ -151,19 +151,35 @@ def _sub_group_size(zero: Mapping[str, Any]) -> int:
 
 def _tables(config: Config, ranks: int, zero: Mapping[str, Any], batches: BatchPlan) -> _Held:
     memory, width = config.memory, value_bytes(config)
-    num_tables = len(memory.spans)
-    table = padded_rows(memory.num_rows, ranks) * memory.value_dim // ranks
+    num_tables, table = len(memory.spans), _table_elements(config, ranks)
     here = num_tables * table
-    optimizer = (MOMENT_BYTES + _master_bytes(config, zero)) * here
     if memory.table_optimizer != "dense":
         gradients = num_tables * _row_gradients(config, ranks, batches)
-        return _Held(width * here, gradients, optimizer)
+        return _Held(width * here, gradients, own_optimizer_bytes(config, ranks))
+    optimizer = (MOMENT_BYTES + _master_bytes(config, zero)) * here
     # Lookups add where ZeRO keeps them; under offload that is elsewhere. Its step lays those of a
     # sub-group side by side.
     gradients = GRADIENT_BYTES * here * (2 if _is_offloaded(zero) else 1)
     side_by_side = min(num_tables, -(-_sub_group_size(zero) // table))
     copied = side_by_side * table if side_by_side > 1 else 0
     return _Held(width * here, gradients, optimizer, copies=GRADIENT_BYTES * copied)
+
+
+def own_optimizer_bytes(config: Config, ranks: int) -> int:
+    """Masters and moments that DeepSpeed does not hold: of tables that are stepped by row.
+
+    They lie beside the tables, whatever is offloaded; fp32 tables are their own masters.
+    """
+    if not config.has_memory or config.memory.table_optimizer == "dense":
+        return 0
+    master = 0 if value_bytes(config) == 4 else MASTER_BYTES
+    return (MOMENT_BYTES + master) * len(config.memory.spans) * _table_elements(config, ranks)
+
+
+def _table_elements(config: Config, ranks: int) -> int:
+    """Of one table on one rank."""
+    memory = config.memory
+    return padded_rows(memory.num_rows, ranks) * memory.value_dim // ranks
 
 
 def _master_bytes(config: Config, zero: Mapping[str, Any]) -> int:

@@ -16,7 +16,13 @@ from ultramem_ds.config.schema import Config
 from ultramem_ds.planning.batches import plan_batches
 from ultramem_ds.planning.costs import LookupCost, lookup_cost, stock_zero3_bytes
 from ultramem_ds.planning.experts import expert_layout
-from ultramem_ds.planning.memory import GRADIENT_BYTES, MemoryPlan, memory_plan, value_bytes
+from ultramem_ds.planning.memory import (
+    GRADIENT_BYTES,
+    MemoryPlan,
+    memory_plan,
+    own_optimizer_bytes,
+    value_bytes,
+)
 from ultramem_ds.planning.rates import Rates, planned_rates
 from ultramem_ds.sharding.table_plan import SCHEMES, TableSpec, padded_rows, shard_layout
 
@@ -52,6 +58,7 @@ class Plan:
         accumulation_steps: forwards per optimizer step.
         zero_stage: the ZeRO stage.
         memory: bytes on one rank under the chosen scheme.
+        own_optimizer_bytes: of ``memory.optimizer``, what offload does not move.
         partition: the chosen scheme, empty without memory layers.
         rates: what it was chosen by, in words; empty without memory layers.
         padding_experts: slots of one expert-parallel group without an expert, per MoE block.
@@ -67,6 +74,7 @@ class Plan:
     accumulation_steps: int
     zero_stage: int
     memory: MemoryPlan
+    own_optimizer_bytes: int
     partition: str
     rates: str
     padding_experts: int
@@ -148,6 +156,7 @@ def make_plan(
         accumulation_steps=batches.accumulation_steps,
         zero_stage=zero.get("stage", 0),
         memory=memory_plan(config, world_size, ranks, zero, batches, lookups),
+        own_optimizer_bytes=own_optimizer_bytes(config, ranks),
         partition=partition,
         rates=rates,
         padding_experts=expert_layout(config, world_size).padding if is_moe else 0,

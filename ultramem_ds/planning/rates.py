@@ -4,16 +4,20 @@ In this order: the numbers in the configuration, the file that ``bench comm --js
 earlier start measured on this kind of machine, a measurement now (:func:`measure_rates`, about a
 second). A plan for other machines, with no process group to measure, assumes gloo's on CPUs.
 
+A machine that is busy while it is measured must not decide for later starts: repetitions that
+disagree are used by this run and not kept, and what was kept is measured anew after a while.
+
 Letters: P ranks, R rows, V value width.
 """
 
 from __future__ import annotations
 
+import math
 import os
 import platform
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +31,10 @@ from ultramem_ds.utils.files import read_json, write_json
 
 WIRE_BYTES = 4 << 20  # payload of one exchange: latency is under a hundredth of it
 MEMORY_BYTES = 128 << 20  # of the rows read at random: more than a cache holds
-ROUNDS = 4
+REPETITIONS = 3
+ROUNDS = 8  # of each, the best counts
+MOST_SPREAD = 3.0  # best over worst repetition, to be kept; about 2 where nothing else runs
+MOST_AGE_S = 7 * 86400.0
 
 
 @dataclass(frozen=True)
@@ -49,6 +56,35 @@ class Rates:
             f"{self.wire_gb_per_s:.4g} GB/s sent per rank, {self.memory_gb_per_s:.4g} GB/s of rows "
             f"read ({self.source})"
         )
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What was measured: an entry of ``rates.json``.
+
+    Attributes:
+        wire_gb_per_s: the best repetition's.
+        memory_gb_per_s: the best repetition's.
+        spread: best over worst repetition, of the rate where they differ more.
+        measured_s: when, Unix time.
+
+    Raises:
+        ValueError: not numbers that can have been measured.
+    """
+
+    wire_gb_per_s: float
+    memory_gb_per_s: float
+    spread: float
+    measured_s: float
+
+    def __post_init__(self) -> None:
+        if not all(0 < number < math.inf for number in asdict(self).values()):
+            raise ValueError(f"not measured: {self}")
+
+    @property
+    def age_s(self) -> float:
+        """Seconds since then."""
+        return time.time() - self.measured_s
 
 
 ASSUMED = Rates(1.0, 10.0, "assumed: gloo on CPUs; `bench comm` measures")
@@ -115,15 +151,20 @@ def run_rates(
     row_bytes = memory.value_dim * value_bytes
     kind = machine_kind(device, world.world_size, shard.world_size, row_bytes)
     path = cache_dir() / "rates.json"
-    known = world.from_first(_read_cache(path).get(kind))
-    if known is not None:
-        wire, rows = known
-        found = Rates(wire, rows, f"measured by an earlier start, kept in {path}")
+    measured: Measured | None = world.from_first(_kept(path, kind))
+    if measured is not None:
+        source = f"measured by an earlier start, kept in {path}"
     else:
-        wire, rows = measure_rates(world, shard, device, row_bytes)
-        found = Rates(wire, rows, f"measured now, kept in {path}")
-        if world.rank == 0:
-            _write_cache(path, kind, [wire, rows])
+        measured = measure_rates(world, shard, device, row_bytes)
+        source = f"measured now, kept in {path}"
+        if measured.spread > MOST_SPREAD:
+            source = (
+                f"measured now, not kept: {REPETITIONS} repetitions differ by a factor of "
+                f"{measured.spread:.1f}"
+            )
+        elif world.rank == 0:
+            _keep(path, kind, measured)
+    found = Rates(measured.wire_gb_per_s, measured.memory_gb_per_s, source)
     return _configured(memory, found)
 
 
@@ -138,11 +179,20 @@ def machine_kind(device: torch.device, world_size: int, shard_size: int, row_byt
     )
 
 
-def measure_rates(
-    world: Comm, shard: Comm, device: torch.device, row_bytes: int
-) -> tuple[float, float]:
+def measure_rates(world: Comm, shard: Comm, device: torch.device, row_bytes: int) -> Measured:
     """GB/s sent and read by the slowest rank, all ranks at once; a collective."""
     values_RV = torch.ones(MEMORY_BYTES // row_bytes, row_bytes // 4 or 1, device=device)
+    repetitions = [measure_once(world, shard, device, values_RV) for _ in range(REPETITIONS)]
+    by_rate = list(zip(*repetitions))
+    wire, rows = (max(rates) for rates in by_rate)
+    spread = max(max(rates) / min(rates) for rates in by_rate)
+    return Measured(wire, rows, spread, time.time())
+
+
+def measure_once(
+    world: Comm, shard: Comm, device: torch.device, values_RV: Tensor
+) -> tuple[float, float]:
+    """One repetition of :func:`measure_rates`."""
     mine = [
         wire_gb_per_s(shard, ROUNDS, device, WIRE_BYTES),
         memory_gb_per_s(values_RV, ROUNDS, MEMORY_BYTES // 8),
@@ -220,10 +270,19 @@ def _read_cache(path: Path) -> dict[str, Any]:
     return known if isinstance(known, dict) else {}
 
 
-def _write_cache(path: Path, kind: str, rates: list[float]) -> None:
+def _kept(path: Path, kind: str) -> Measured | None:
+    """What an earlier start measured, unless it is too old or not what starts write."""
+    try:
+        known = Measured(**_read_cache(path)[kind])
+    except (KeyError, TypeError, ValueError):
+        return None
+    return known if known.age_s < MOST_AGE_S else None
+
+
+def _keep(path: Path, kind: str, measured: Measured) -> None:
     """Add one entry; a directory that cannot be written costs the next start a second."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_json(path, {**_read_cache(path), kind: rates})
+        write_json(path, {**_read_cache(path), kind: asdict(measured)})
     except OSError:
         return

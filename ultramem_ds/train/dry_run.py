@@ -13,7 +13,7 @@ import psutil
 import torch
 
 from ultramem_ds.checkpoint import directory as checkpoints
-from ultramem_ds.config.deepspeed import offload_device
+from ultramem_ds.config.deepspeed import kept_from_offload, offload_device
 from ultramem_ds.config.schema import Config
 from ultramem_ds.data.manifest import load_manifest
 from ultramem_ds.model.accounting import count, training_flops_per_token
@@ -128,6 +128,7 @@ def dry_run(run: Run) -> dict[str, Any]:
         "world_size": run.world_size,
         "zero_stage": plan.zero_stage,
         "offload": offload_device(run.deepspeed_json),
+        "kept_from_offload": kept_from_offload(run.deepspeed_json, config),
         "partition": plan.partition,
         "params": size.params,
         "sparse_params": size.sparse_params,
@@ -221,6 +222,8 @@ def describe(found: dict[str, Any]) -> str:
     }
     lines = [f"dry run of {found['preset']} on {found['world_size']} ranks: nothing is written"]
     lines += [f"  {name:12} {text}" for name, text in rows.items()]
+    if found["kept_from_offload"]:
+        lines.append(f"  {'note':12} {found['kept_from_offload']}")
     lines += [f"  problem      {text}" for text in problems(found)]
     return "\n".join(lines)
 

@@ -23,6 +23,7 @@ from ultramem_ds.data.skips import NO_SKIPS, SkipRanges
 from ultramem_ds.model.lm import LanguageModel
 from ultramem_ds.optim.param_groups import SCHEDULES
 from ultramem_ds.sharding.comm import Comm
+from ultramem_ds.telemetry.gradient_signal import GradientStatistics
 from ultramem_ds.telemetry.memory_stats import MemoryStatistics
 from ultramem_ds.telemetry.phases import Phases
 from ultramem_ds.telemetry.telemetry import Telemetry
@@ -82,6 +83,9 @@ class TrainEngine:
         self.table_comms = parallel.table_comms
         readers = self.tables.readers(self.model.memory_layers) if self.tables is not None else {}
         self.statistics = MemoryStatistics(self.model, self.comm, ranks.device, readers)
+        self.gradient_statistics = GradientStatistics(
+            parallel.gradient_signals, self.comm, ranks.device, config.memory.stats_every
+        )
         self.checkpoint = EngineCheckpoint(
             self.engine, parallel.zero, parallel.own_states, parameter_records(config), self.comm
         )
@@ -159,7 +163,10 @@ class TrainEngine:
             lr=lrs["matrices"],
             lr_values=lrs["tables"] if self.tables is not None else None,
             expert_share=share.tolist() if share.numel() else [],
-            memory=self.statistics.after_step(step),
+            statistics={
+                **self.statistics.after_step(step),
+                **self.gradient_statistics.after_step(step),
+            },
         )
 
     def _weighted(self, micro_batches: Iterator[MicroBatch]) -> Iterator[tuple[MicroBatch, float]]:

@@ -16,11 +16,12 @@ CPU_OFFLOAD = "ds_configs/ultramem_zero3_nvme_offload.json"
 
 
 def device_bytes(plan: Plan, deepspeed_json: Mapping[str, Any], on_gpu: bool) -> int:
-    """What a rank needs where it computes: an offloaded optimizer state lies elsewhere."""
+    """What a rank needs where it computes: optimizer state that is offloaded lies elsewhere."""
     elsewhere = ("cpu", "nvme") if on_gpu else ("nvme",)
     parts = plan.memory.parts()
-    away = parts["optimizer"] if offload_device(dict(deepspeed_json)) in elsewhere else 0
-    return parts["total"] - away
+    if offload_device(dict(deepspeed_json)) not in elsewhere:
+        return parts["total"]
+    return parts["total"] - parts["optimizer"] + plan.own_optimizer_bytes
 
 
 def ways_to_fit(

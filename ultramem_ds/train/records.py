@@ -67,7 +67,7 @@ class StepRecords:
             record["grad_spike_clipped_to"] = result.clipped_to
         if bad is not None:
             record |= bad.to_dict()
-        return {**record, **result.memory}
+        return {**record, **result.statistics}
 
     @property
     def speed(self) -> dict[str, float]:

@@ -20,7 +20,7 @@ class StepResult:
         lr: learning rate of everything but value tables.
         lr_values: learning rate of value tables; None without any.
         expert_share: per MoE block, each expert's share of the routed tokens; empty without MoE.
-        memory: statistics of the memory layers where a window of ``memory.stats_every`` ends.
+        statistics: of gradients and memory layers where a window of ``memory.stats_every`` ends.
     """
 
     loss: float
@@ -31,7 +31,7 @@ class StepResult:
     lr: float
     lr_values: float | None
     expert_share: list[list[float]]
-    memory: dict[str, float]
+    statistics: dict[str, float]
 
     @property
     def grad_norm(self) -> float:

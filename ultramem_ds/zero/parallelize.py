@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass
 from typing import Any
 
 from ultramem_ds.checkpoint.state import OptimizerState, OwnState
-from ultramem_ds.config.deepspeed import offload_device, zero_stage
+from ultramem_ds.config.deepspeed import kept_from_offload, offload_device, zero_stage
 from ultramem_ds.config.schema import Config
 from ultramem_ds.model.compiling import compile_blocks
 from ultramem_ds.model.recompute import recompute_blocks
@@ -18,6 +19,7 @@ from ultramem_ds.zero.construction import build_model, init_parameters
 from ultramem_ds.zero.engine import start_engine
 from ultramem_ds.zero.experts import ExpertShare
 from ultramem_ds.zero.gradient_norms import GradientNorms
+from ultramem_ds.zero.gradient_signal import GradientSignals
 from ultramem_ds.zero.nvme import NvmeState
 from ultramem_ds.zero.offload import prepare_offload
 from ultramem_ds.zero.runtime import Ranks
@@ -38,6 +40,7 @@ class ParallelModel:
         partition: the scheme in use, empty without memory layers.
         first_expert: global index of this rank's first expert (kind moe), else 0.
         gradient_norms: parts of the global norm.
+        gradient_signals: how much of the gradients is signal.
         table_comms: the groups over which tables travel; their counters say how much.
     """
 
@@ -48,6 +51,7 @@ class ParallelModel:
     partition: str
     first_expert: int
     gradient_norms: GradientNorms
+    gradient_signals: GradientSignals
     table_comms: tuple[Comm, ...]
 
 
@@ -71,6 +75,8 @@ def parallelize(
     ``clock`` is told when a lookup keeps its caller waiting.
     """
     prepare_offload(engine_config, ranks.rank)
+    if ranks.is_main and (kept := kept_from_offload(engine_config, config)):
+        print(kept, file=sys.stderr, flush=True)
     groups = _table_groups(config, ranks, clock) if config.has_memory else None
     partition = ""
     if groups is not None:
@@ -90,6 +96,7 @@ def parallelize(
     engine = start_engine(model, config, engine_config, tables)
 
     zero, own_states = _optimizer_states(engine, engine_config, tables, experts)
+    in_memory = zero if isinstance(zero, Zero12State | Zero3State) else None
     return ParallelModel(
         engine=engine,
         tables=tables,
@@ -98,6 +105,9 @@ def parallelize(
         partition=partition,
         first_expert=experts.first,
         gradient_norms=GradientNorms(engine, tables.joined_norm if tables is not None else None),
+        gradient_signals=GradientSignals(
+            engine.module, in_memory, experts.canonical_name, tables, config.optim
+        ),
         table_comms=(groups.shard, groups.replicas) if groups is not None else (),
     )
 

@@ -172,6 +172,10 @@ class RowSparseTables(Zero3Tables):
         for shard, (rows_U, grad_UV) in zip(self.row_shards, gradients):
             shard.adam.update(rows_U, grad_UV, lr, scale)
 
+    def signal_and_power(self) -> Tensor:
+        """See :class:`Zero3Tables`: of the rows of all shards."""
+        return torch.stack([shard.adam.signal_and_power() for shard in self.row_shards]).sum(0)
+
     def own_states(self) -> dict[str, OwnState]:
         """Masters and moments of the rows: this object."""
         return {"tables": self}

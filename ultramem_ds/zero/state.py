@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -22,6 +22,23 @@ def adam_buffers(optimizer: torch.optim.Optimizer, master: Tensor) -> dict[str, 
         if kind not in state:
             state[kind] = torch.zeros_like(master, requires_grad=False)
     return {MASTER: master.detach(), **{kind: state[kind] for kind in MOMENTS}}
+
+
+class Moments(NamedTuple):
+    """Adam's moments of one flat buffer, live, and the updates that they have seen."""
+
+    avg: Tensor
+    avg_sq: Tensor
+    updates: int
+
+
+def adam_moments(optimizer: torch.optim.Optimizer, master: Tensor) -> Moments | None:
+    """The moments in ``optimizer``'s state, only to be read; None before the first update."""
+    state = optimizer.state.get(master, {})
+    if not {"step", *MOMENTS} <= state.keys():
+        return None
+    avg, avg_sq = (state[kind] for kind in MOMENTS)
+    return Moments(avg, avg_sq, int(state["step"]))
 
 
 def set_adam_step(optimizer: torch.optim.Optimizer, master: Tensor, step: int) -> None:
@@ -77,6 +94,10 @@ class Zero12State:
         """See :class:`OptimizerState`."""
         yield adam_buffers(self._zero.optimizer, self._masters[index])
 
+    def moments(self, index: int) -> Moments | None:
+        """Those of flat buffer ``index``; None before the first update."""
+        return adam_moments(self._zero.optimizer, self._masters[index])
+
     def set_step(self, step: int) -> None:
         """See :class:`OptimizerState`."""
         for master in self._masters:
@@ -128,6 +149,11 @@ class Zero3State:
         zero._reassign_or_swap_out_partitioned_parameters(index)
         if swapped:
             zero._optimizer_states_and_gradient_swap_out(index)
+
+    def moments(self, index: int) -> Moments | None:
+        """Those of flat buffer ``index``; None before the first update."""
+        zero = self._zero
+        return adam_moments(zero.optimizer, zero.fp32_partitioned_groups_flat[index])
 
     def set_step(self, step: int) -> None:
         """See ``OptimizerState``."""

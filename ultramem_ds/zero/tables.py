@@ -193,6 +193,10 @@ class Zero3Tables:
         """Global norm of gradients that ZeRO does not see, the same on all ranks: none here."""
         return torch.zeros(())
 
+    def signal_and_power(self) -> Tensor:
+        """Of gradients that ZeRO does not see, see ``optim.gradient_signal``: none here."""
+        return torch.zeros(2, dtype=torch.float64)
+
     def own_states(self) -> dict[str, OwnState]:
         """Optimizer state that ZeRO does not hold, by name of its files: none here."""
         return {}

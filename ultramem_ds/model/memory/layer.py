@@ -27,6 +27,15 @@ from ultramem_ds.model.roles import tag
 # B sequences, S sequence length, T = B*S tokens, D hidden, E expansion, V value width.
 
 
+class Sought(NamedTuple):
+    """What a memory layer finds its rows by."""
+
+    x_BSD: Tensor  # hidden states
+    doc_boundaries_BS: Tensor | None
+    conv_state: Tensor | None
+    recall_tokens: int  # on how many the search is diagnosed
+
+
 class Located(NamedTuple):
     """What a memory layer looks up for each token, and with which weights."""
 
@@ -36,9 +45,8 @@ class Located(NamedTuple):
     projectors_TK: Tensor  # int64
 
 
-# Hidden states (B, S, D), document boundaries (B, S) or None, convolution state or None, and on how
-# many tokens to diagnose the search -> what is looked up. May move the state on in place.
-Locate: TypeAlias = Callable[[Tensor, Tensor | None, Tensor | None, int], Located]
+# May move the convolution's state on in place.
+Locate: TypeAlias = Callable[[Sought], Located]
 
 
 @dataclass(frozen=True)
@@ -112,20 +120,14 @@ class MemoryLayer(nn.Module):
             What ``finish`` needs; also carries ``aux_loss`` and the new ``conv_state``.
         """
         recall_tokens = self._observer().recall_tokens
-        located = self.locate(x_BSD, doc_boundaries_BS, conv_state, recall_tokens)
+        located = self.locate(Sought(x_BSD, doc_boundaries_BS, conv_state, recall_tokens))
         selection, permuted_TK, rows_TK, projectors_TK = located
         lookup = self.lookup.start(rows_TK, projectors_TK, selection.scores_TKh)
         return PendingMemory(lookup, selection, permuted_TK, rows_TK, x_BSD.shape)
 
-    def retrieve_and_split(
-        self,
-        x_BSD: Tensor,
-        doc_boundaries_BS: Tensor | None,
-        conv_state: Tensor | None,
-        recall_tokens: int,
-    ) -> Located:
+    def retrieve_and_split(self, sought: Sought) -> Located:
         """See ``Locate``; leaves the state that it is given as it is."""
-        selection: Selection = self.retrieval(x_BSD, doc_boundaries_BS, conv_state, recall_tokens)
+        selection: Selection = self.retrieval(*sought)
         permuted_TK = self.shuffle(selection.slots_TK)
         kernel = resolve(self.kernel, permuted_TK.device)
         return Located(selection, permuted_TK, *kernel.split(permuted_TK, self.num_rows))
