@@ -70,8 +70,8 @@ def test_ranks_sub_groups_and_accumulation_report_what_one_rank_does() -> None:
     on_four = run_ranks(results_body, 4, [groups, row_sparse, moe(), in_pairs])
     names = alone[0][1].keys() - alone[0][0].keys()
     assert {"layer_0/rows_touched", "layer_0/output_std", "layer_0/slots_kl"} <= names
-    assert {f"grad_snr/{kind}" for kind in ("tables", "keys", "queries", "dense")} <= names
-    assert {"grad_snr/experts", "grad_snr/dense"} <= alone[1][1].keys()
+    assert {f"grad_signal/{kind}" for kind in ("tables", "keys", "queries", "dense")} <= names
+    assert {"grad_signal/experts", "grad_signal/dense"} <= alone[1][1].keys()
     assert alone[0][0]["aux_loss"] > 0 and alone[1][0]["balance_loss"] > 0
     comparisons = [
         *((f"two ranks, {i}", ranks[i], alone[i]) for ranks in on_two for i in range(2)),

@@ -1,4 +1,4 @@
-"""``grad_snr/*`` of live engines against the gradients that their optimizers were handed."""
+"""``grad_signal/*`` of live engines against the gradients that their optimizers were handed."""
 
 from __future__ import annotations
 
@@ -85,7 +85,7 @@ def sums(series: list[Tensor]) -> Tensor:
 
 
 def by_hand(ranks: list[Any], stage: int) -> dict[str, float]:
-    """``grad_snr/*`` after the last step, from what all ranks recorded."""
+    """``grad_signal/*`` after the last step, from what all ranks recorded."""
     total: dict[str, Tensor] = {}
 
     def add(name: str, series: list[Tensor]) -> None:
@@ -111,7 +111,7 @@ def by_hand(ranks: list[Any], stage: int) -> dict[str, float]:
         for series in by_row.values():
             if len(series) > 1:
                 add("tables", series)
-    return {f"grad_snr/{name}": max(0.0, float(s / p)) for name, (s, p) in total.items()}
+    return {f"grad_signal/{name}": max(0.0, float(s / p)) for name, (s, p) in total.items()}
 
 
 LEGS = {
@@ -138,14 +138,14 @@ def test_shares_are_those_of_the_gradients(name: str, world_size: int, tmp_path:
     )
     ranks = run_ranks(recorded_body, world_size, leg)
     shares = [
-        {key: value for key, value in step.items() if key.startswith("grad_snr/")}
+        {key: value for key, value in step.items() if key.startswith("grad_signal/")}
         for step in ranks[0][0]
     ]
     assert [bool(found) for found in shares] == [False, False, True] * 2
     expected = by_hand(ranks, stage)
     kinds = {"dense": {"dense"}, "moe": {"experts", "dense"}}
     present = kinds.get(kind, {"tables", "keys", "queries", "dense"})
-    assert shares[-1].keys() == expected.keys() == {f"grad_snr/{k}" for k in present}
+    assert shares[-1].keys() == expected.keys() == {f"grad_signal/{k}" for k in present}
     assert shares[-1] == pytest.approx(expected, rel=1e-4, abs=1e-5)  # fp32 moments
     assert all(ranks[0][0] == other[0] for other in ranks)  # no rank has numbers of its own
-    assert 0 < expected["grad_snr/dense"] < 1
+    assert 0 < expected["grad_signal/dense"] < 1

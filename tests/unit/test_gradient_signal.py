@@ -175,10 +175,10 @@ def test_where_it_cannot_be_had_the_start_says_so_once(
     assert [found.after_step(step) for step in range(4)] == [{}] * 4
     said = capsys.readouterr()
     assert said.out == "" and said.err.count("\n") == 1
-    assert "grad_snr" in said.err and obstacle in said.err
+    assert "grad_signal" in said.err and obstacle in said.err
     statistics(0)  # not asked for
     assert capsys.readouterr().err == ""
 
 
 def test_tensorboard_has_a_group_of_its_own() -> None:
-    assert scalars({"step": 3, "grad_snr/keys": 0.25}) == {"5_grad_snr/keys": 0.25}
+    assert scalars({"step": 3, "grad_signal/keys": 0.25}) == {"5_grad_signal/keys": 0.25}

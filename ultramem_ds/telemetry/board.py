@@ -47,7 +47,7 @@ _GROUPS: dict[str, tuple[str, float]] = {
     "time_s": ("4_time_ms", 1e3),
     "wire_bytes": ("8_wire_mb", 1e-6),
     "data": ("9_data_share", 1.0),
-    "grad_snr": ("5_grad_snr", 1.0),
+    "grad_signal": ("5_grad_signal", 1.0),
 }
 OTHER = "9_guards"  # keys without a place of their own: counters of the guards
 
@@ -63,7 +63,7 @@ _LAYOUT = {
     "2 Stability": {
         "gradient norm before clipping": ["Multiline", ["5_grad_norm/total"]],
         "gradient norm by kind of parameter": ["Multiline", [r"5_grad_norm/(dense|tables)"]],
-        "signal in the gradient (0 = noise, 1 = all signal)": ["Multiline", [r"5_grad_snr/.*"]],
+        "signal in the gradient (0 = noise, 1 = all signal)": ["Multiline", [r"5_grad_signal/.*"]],
         "learning rates": ["Multiline", [r"6_learning_rate/.*"]],
     },
     "3 Speed": {

@@ -12,7 +12,7 @@ from ultramem_ds.zero.gradient_signal import GradientSignals
 
 
 class GradientStatistics:
-    """``grad_snr/GROUP`` after every ``every``-th optimizer step: what share of it is signal.
+    """``grad_signal/GROUP`` after every ``every``-th optimizer step: what share of it is signal.
 
     Where it cannot be had, rank 0 says so once, on stderr.
 
@@ -32,7 +32,7 @@ class GradientStatistics:
         self.every = 0 if signals.obstacle else every
         if every and signals.obstacle and comm.rank == 0:
             print(
-                f"no gradient signal-to-noise (grad_snr/*) in this run: {signals.obstacle}",
+                f"no signal share of gradients (grad_signal/*) in this run: {signals.obstacle}",
                 file=sys.stderr,
                 flush=True,
             )
@@ -46,7 +46,7 @@ class GradientStatistics:
             return {}
         summed = self.comm.all_reduce_(self.signals.sums(self.device)).tolist()
         return {
-            f"grad_snr/{group}": share(signal, power)
+            f"grad_signal/{group}": share(signal, power)
             for group, (signal, power) in zip(self.signals.groups, summed)
             if power > 0
         }
