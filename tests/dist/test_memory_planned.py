@@ -12,6 +12,7 @@ import torch
 from tests.dist.launching import run_verb
 from ultramem_ds.config.deepspeed import load_deepspeed_json
 from ultramem_ds.config.load import load_config
+from ultramem_ds.data.micro_batch import MicroBatch
 from ultramem_ds.planning.batches import plan_batches
 from ultramem_ds.planning.planner import make_plan
 from ultramem_ds.telemetry.metrics import read_lines
@@ -71,3 +72,34 @@ def test_tables_are_held_once(precision: str) -> None:
     # The rest of the model: attention, MLPs, embedding and head, queries and keys, some gathered.
     tables = 2 * ROWS * 64
     assert tables < elements < tables + 2.5e6
+
+
+def copied_gradients(rank: int, world_size: int, overrides: list[str]) -> tuple[int, int]:
+    """Gradients that AdamW was handed at a step: how many, and how many were copies."""
+    deepspeed.init_distributed("gloo", verbose=False)
+    config = load_config("ultramem-debug", [*BATCH, *overrides])
+    ranks = Ranks(rank, world_size, rank, torch.device("cpu"))
+    json = load_deepspeed_json(None, "ultramem")
+    engine = TrainEngine(config, ranks, json, plan_batches(config, world_size), Phases())
+    zero = engine.engine.optimizer
+    buffer = zero.grad_partitions_flat_buffer.untyped_storage().data_ptr()
+    handed: list[int] = []
+    zero.optimizer.register_step_pre_hook(
+        lambda *_: handed.extend(
+            group["params"][0].grad.untyped_storage().data_ptr()
+            for group in zero.optimizer.param_groups
+            if group["params"] and group["params"][0].grad is not None
+        )
+    )
+    tokens_BS1 = torch.arange(1032).reshape(8, 129)
+    batch = MicroBatch(tokens=tokens_BS1, sample_ids=())
+    for step in range(2):
+        engine.train_step(iter([batch] * 64), step)
+    return len(handed), sum(storage != buffer for storage in handed)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_the_step_reads_gradients_where_they_were_summed(precision: str) -> None:
+    """No flat copy of a sub-group's gradients, which for tables would be all of them."""
+    for handed, copied in run_ranks(copied_gradients, 2, [f"train.precision={precision}"]):
+        assert handed > 2 and not copied

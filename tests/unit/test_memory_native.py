@@ -56,6 +56,37 @@ def test_selection_and_its_gradients(layout, shape, kdim):
         assert largest > 0 and error <= 1e-4 * largest, name
 
 
+@pytest.mark.parametrize("top_m", [1, 5, 16, 17, 31, 32, 33, 50])
+@pytest.mark.parametrize("num_keys", [50, 64, 135])
+def test_of_equal_scores_the_smallest_number_comes_first(top_m, num_keys):
+    """Whole numbers, most of them equal to others, and some minus infinity, against stable sorts."""
+    draw = torch.Generator().manual_seed(100 * top_m + num_keys)
+    keys_2Hn = torch.randint(-4, 30, (2, 2, num_keys), generator=draw).float()
+    keys_2Hn[0, 1, ::3] = -torch.inf
+    factors_T1 = torch.tensor([[1.0], [2.0], [5.0]])
+    scores_2THn = torch.stack([factors_T1 * keys_2Hn[side, :, None] for side in (0, 1)])
+    scores_2THn = scores_2THn.transpose(1, 2).contiguous()
+    slots_THm, found_THmh = resolve("cpu", CPU).select(
+        lambda tokens: scores_2THn[:, tokens],
+        factors_T1[:, None],
+        torch.zeros(2, 2, 1, dtype=torch.int64),
+        keys_2Hn[..., None, None],
+        None,
+        top_m,
+    )
+    rows_THm, cols_THm = scores_2THn.sort(dim=-1, descending=True, stable=True).indices[..., :top_m]
+    sums_THmm = (
+        scores_2THn[0].gather(-1, rows_THm)[..., None]
+        + scores_2THn[1].gather(-1, cols_THm)[..., None, :]
+    )
+    best = sums_THmm.flatten(2).sort(dim=-1, descending=True, stable=True)
+    pairs_THm = best.indices[..., :top_m]
+    row_of_pair = rows_THm.gather(-1, pairs_THm // top_m)
+    col_of_pair = cols_THm.gather(-1, pairs_THm % top_m)
+    assert torch.equal(slots_THm, row_of_pair * num_keys + col_of_pair)
+    assert torch.equal(found_THmh[..., 0], best.values[..., :top_m])
+
+
 def test_runs_of_tokens_make_no_difference(monkeypatch):
     """Searching 7 tokens at a time, the last run shorter, gives what one search gives."""
     retrieval = make_layer(dtype=torch.float32, knum=40, top_m=5, **TUCKER).retrieval

@@ -15,6 +15,7 @@ from ultramem_ds.model.transformer import Block
 from ultramem_ds.optim.adamw import AdamW
 from ultramem_ds.optim.param_groups import build_param_groups
 from ultramem_ds.zero.deepspeed_import import deepspeed, without_compiler
+from ultramem_ds.zero.in_place import step_in_place
 from ultramem_ds.zero.tables import Zero3Tables
 
 # It is torch's own, which DeepSpeed knows.
@@ -55,24 +56,10 @@ def start_engine(
             dist_init_required=False,
         )
     if zero_stage(engine_config) == 3:
-        share_masters(engine.optimizer)
+        step_in_place(engine.optimizer)
     if tables is not None:
         tables.keep_partitioned(engine)
     return engine
-
-
-def share_masters(zero: Any) -> None:
-    """Let fp32 weights be their own masters.
-
-    ZeRO-3 means to, but compares a device with its name and copies them.
-    """
-    if zero.offload_optimizer:
-        return
-    for weights, masters in zip(
-        zero.fp16_partitioned_groups_flat, zero.fp32_partitioned_groups_flat
-    ):
-        if weights.dtype == masters.dtype:
-            masters.data = weights.data
 
 
 def make_optimizer(

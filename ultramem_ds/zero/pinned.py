@@ -78,6 +78,7 @@ PINNED = (
     Pinned(_STAGE3, "fp16_groups", "parameters of each flat buffer", _MOVED),
     Pinned(_STAGE3, "fp32_partitioned_groups_flat", "masters by flat buffer", _MOVED),
     Pinned(_STAGE3, "fp16_partitioned_groups_flat", "fp32 weights are their own masters", _HELD),
+    Pinned(_STAGE3, "flatten", "wrapped: gradients that are flat already are not copied", _HELD),
     Pinned(_STAGE3, "_reassign_or_swap_out_partitioned_parameters", "after a load", _MOVED),
     Pinned(_STAGE3, "checkpoint_event_prologue", "small parameters follow a load", _MOVED),
     Pinned(_STAGE3, "checkpoint_event_epilogue", "small parameters follow a load", _MOVED),

@@ -10,6 +10,7 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <limits>
 #include <vector>
 
 #if defined(__AVX512F__)
@@ -59,8 +60,16 @@ inline uint32_t above(const float* values, float threshold) {
 #endif
 }
 
-// The m largest of `size` numbers, best first; of equal ones the first comes first.
-void top(const float* values, int64_t size, int64_t m, float* best, int64_t* index) {
+// Room for the numbers among which the best are.
+struct Scratch {
+  explicit Scratch(int64_t size)
+      : values(size + 16), sorted(size), places(size + 16), order(size) {}
+  std::vector<float> values, sorted;
+  std::vector<int32_t> places, order;
+};
+
+// See `top`.
+void top_by_insertion(const float* values, int64_t size, int64_t m, float* best, int64_t* index) {
   const auto insert = [&](int64_t i, int64_t place) {
     const float value = values[i];
     for (; place > 0 && value > best[place - 1]; --place) {
@@ -79,6 +88,79 @@ void top(const float* values, int64_t size, int64_t m, float* best, int64_t* ind
     }
   for (; i < size; ++i)
     if (values[i] > best[m - 1]) insert(i, m - 1);
+}
+
+#if defined(__AVX512F__)
+// What `top` does, without a branch that depends on the numbers. They are dealt to 16 * kGroups
+// groups, at least m; the m-th largest of the groups' maxima is a bound that at least m numbers
+// reach, and few more. Those are kept, and each one's place is the number of kept ones that come
+// before it. Returns false, having done nothing, where fewer than m reach it: some are NaN.
+template <int kGroups>
+bool top_by_bound(const float* values, int64_t size, int64_t m, Scratch& scratch, float* best,
+                  int64_t* index) {
+  const auto lanes_of = [](int64_t left) {
+    return static_cast<__mmask16>(left < 16 ? (1u << std::max<int64_t>(left, 0)) - 1 : 0xffffu);
+  };
+  const __m512 least = _mm512_set1_ps(-std::numeric_limits<float>::infinity());
+  __m512 most[kGroups];
+  for (int g = 0; g < kGroups; ++g) most[g] = least;
+  for (int64_t i = 0; i < size; i += 16 * kGroups)
+    for (int g = 0; g < kGroups; ++g) {
+      const int64_t from = i + 16 * g;
+      const __m512 block = _mm512_mask_loadu_ps(least, lanes_of(size - from), values + from);
+      most[g] = _mm512_max_ps(most[g], block);
+    }
+  alignas(64) float maxima[16 * kGroups];
+  for (int g = 0; g < kGroups; ++g) _mm512_store_ps(maxima + 16 * g, most[g]);
+  __m128 lowest = _mm_set_ss(std::numeric_limits<float>::infinity());
+  for (int i = 0; i < 16 * kGroups; ++i) {
+    const __m512 one = _mm512_set1_ps(maxima[i]);
+    int larger = 0;
+    for (int g = 0; g < kGroups; ++g)
+      larger += __builtin_popcount(_mm512_cmp_ps_mask(most[g], one, _CMP_GT_OQ));
+    lowest = _mm_mask_min_ss(lowest, larger < m, lowest, _mm_load_ss(maxima + i));
+  }
+  const __m512 bound = _mm512_broadcastss_ps(lowest);
+  float* kept = scratch.values.data();
+  int32_t* places = scratch.places.data();
+  int64_t count = 0;
+  __m512i here = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+  for (int64_t i = 0; i < size; i += 16, here = _mm512_add_epi32(here, _mm512_set1_epi32(16))) {
+    const __mmask16 inside = lanes_of(size - i);
+    const __m512 block = _mm512_maskz_loadu_ps(inside, values + i);
+    const __mmask16 reach = _mm512_mask_cmp_ps_mask(inside, block, bound, _CMP_GE_OQ);
+    _mm512_storeu_ps(kept + count, _mm512_maskz_compress_ps(reach, block));
+    _mm512_storeu_si512(places + count, _mm512_maskz_compress_epi32(reach, here));
+    count += __builtin_popcount(reach);
+  }
+  if (count < m) return false;
+  for (int64_t i = 0; i < count; ++i) {
+    const __m512 one = _mm512_set1_ps(kept[i]);
+    int64_t before = 0;
+    for (int64_t j = 0; j < count; j += 16) {
+      const __m512 block = _mm512_loadu_ps(kept + j);
+      const __mmask16 inside = lanes_of(count - j), earlier = lanes_of(i - j);
+      before += __builtin_popcount(_mm512_mask_cmp_ps_mask(inside, block, one, _CMP_GT_OQ) |
+                                   _mm512_mask_cmp_ps_mask(earlier, block, one, _CMP_EQ_OQ));
+    }
+    scratch.sorted[before] = kept[i];
+    scratch.order[before] = places[i];
+  }
+  std::copy_n(scratch.sorted.data(), m, best);
+  std::copy_n(scratch.order.data(), m, index);
+  return true;
+}
+#endif
+
+// The m largest of `size` numbers, best first; of equal ones the first comes first.
+void top(const float* values, int64_t size, int64_t m, Scratch& scratch, float* best,
+         int64_t* index) {
+#if defined(__AVX512F__)
+  if (m <= 8 && top_by_bound<1>(values, size, m, scratch, best, index)) return;
+  if (m > 8 && m <= 16 && top_by_bound<2>(values, size, m, scratch, best, index)) return;
+  if (m > 16 && m <= 32 && top_by_bound<4>(values, size, m, scratch, best, index)) return;
+#endif
+  top_by_insertion(values, size, m, best, index);
 }
 
 }  // namespace
@@ -103,6 +185,7 @@ void ultramem_select(const float* search, int64_t side_stride, int64_t token_str
     std::vector<float> best(m), exact(2 * m * rank), turned(rank), flipped(rank * m), grid(m * m);
     std::vector<float> total(rank * rank);
     std::vector<int64_t> candidates(2 * m), pairs(m);
+    Scratch scratch(std::max(num_keys, m * m));
     for (int64_t task = first; task < last; ++task) {
       const int64_t t = task / heads, head = task % heads;
       const auto key = [&](int64_t side, int64_t c) {
@@ -110,7 +193,7 @@ void ultramem_select(const float* search, int64_t side_stride, int64_t token_str
       };
       for (int64_t side = 0; side < 2; ++side) {
         const float* ranked = search + side * side_stride + t * token_stride + head * head_stride;
-        top(ranked, num_keys, m, best.data(), candidates.data() + side * m);
+        top(ranked, num_keys, m, scratch, best.data(), candidates.data() + side * m);
         for (int64_t c = 0; c < m; ++c) prefetch(key(side, c), rank * width * sizeof(float));
       }
       for (int64_t side = 0; side < 2; ++side) {
@@ -138,7 +221,7 @@ void ultramem_select(const float* search, int64_t side_stride, int64_t token_str
       } else {
         for (int64_t i = 0; i < m * m; ++i) grid[i] = rows[i / m] + cols[i % m];
       }
-      top(grid.data(), m * m, m, best.data(), pairs.data());
+      top(grid.data(), m * m, m, scratch, best.data(), pairs.data());
       for (int64_t i = 0; i < m; ++i) {
         const float *row = rows + pairs[i] / m * rank, *col = cols + pairs[i] % m * rank;
         const int64_t entry = task * m + i;
