@@ -59,7 +59,7 @@ def test_selection_and_its_gradients(layout, shape, kdim):
 @pytest.mark.parametrize("top_m", [1, 5, 16, 17, 31, 32, 33, 50])
 @pytest.mark.parametrize("num_keys", [50, 64, 135])
 def test_of_equal_scores_the_smallest_number_comes_first(top_m, num_keys):
-    """Whole numbers, most of them equal to others, and some minus infinity, against stable sorts."""
+    """Whole numbers, most of them equal to others, some minus infinity, against stable sorts."""
     draw = torch.Generator().manual_seed(100 * top_m + num_keys)
     keys_2Hn = torch.randint(-4, 30, (2, 2, num_keys), generator=draw).float()
     keys_2Hn[0, 1, ::3] = -torch.inf
